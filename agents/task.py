@@ -1,0 +1,73 @@
+"""What an agent works on: a task asks a model for one completion; an outcome says how that ended."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from config.contracts.base import content_id
+from config.contracts.sample import Message
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options sent to the model. `num_ctx` is the context window in tokens that an Ollama server is asked for."""
+
+    temperature: float = 0.4
+    top_p: float = 1.0
+    max_tokens: int = 96
+    num_ctx: int = 2048
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt to be answered. The id names its content: not the lane or the model, which are provenance."""
+
+    domain: str
+    cell: str  # what the plan balances: an instruction in an addressing mode
+    source_id: str
+    messages: tuple[Message, ...]  # the system message first
+    sampling: Sampling
+    template_version: int
+    draw: int  # 0, 1, … for the same prompt
+    id: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        sampling = vars(self.sampling)
+        key = [self.domain, self.source_id, [m.model_dump() for m in self.messages], sampling, self.template_version, self.draw]
+        object.__setattr__(self, "id", content_id(key))
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    thinking_tokens: int = 0
+    cached_tokens: int = 0
+
+
+FinishReason = Literal["stop", "length", "blocked", "other"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer of a model. `finish_reason` other than stop is never a sample."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    model: str
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The one end of a task: a completion, or the error that no retry could mend."""
+
+    task: Task
+    lane: str
+    provider: str
+    attempt: int
+    completion: Completion | None
+    error: str = ""
+    cost_usd: float = 0.0
+    cost_assumed: bool = False  # a paid call that ended without usage is settled at its reservation

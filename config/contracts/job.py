@@ -1,0 +1,188 @@
+"""A training job as a person writes it, as the node keeps it, and the states it goes through."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from config.contracts.base import Strict, Tolerant, content_id
+from config.contracts.manifest import NAME
+
+MODEL_NAME = r"^[a-z0-9_][a-z0-9_.-]{0,79}$"  # a part of an Ollama model name; lower case, as Ollama compares names
+
+
+class LoraOptions(Strict):
+    rank: int = Field(16, ge=1, le=512)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class TrainOptions(Strict):
+    epochs: float = Field(2, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    batch: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    max_length: int = Field(512, ge=16)
+    warmup_steps: int = Field(3, ge=0)
+    held_out: float = Field(0.1, gt=0, lt=0.9, description="share of the source facts kept out of training")
+    save_steps: int = Field(20, ge=1)
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class DpoOptions(Strict):
+    beta: float = Field(0.1, gt=0)
+
+
+class JobSpec(Strict):
+    """The TOML file of a job. `data` names campaigns or sets of pairs on the laptop.
+
+    `base` is a GGUF file on the node, or `package:NAME`, the one GGUF file inside an installed Python package. `start`, for dpo,
+    is a model of the node (`hafs-coder` or `hafs-coder:v2`) whose adapter the training goes on from.
+    """
+
+    kind: Literal["sft", "dpo"]
+    name: str = Field(pattern=MODEL_NAME)
+    base: str
+    data: list[Annotated[str, Field(pattern=NAME)]] = Field(min_length=1)
+    start: str = ""
+    system: str = ""
+    probe: str = Field("Hello.", description="the question the smoke gate asks")
+    lora: LoraOptions = LoraOptions()
+    train: TrainOptions = TrainOptions()
+    dpo: DpoOptions = DpoOptions()
+
+    @model_validator(mode="after")
+    def _start_belongs_to_dpo(self) -> "JobSpec":
+        if self.kind == "dpo" and not self.start:
+            raise ValueError('a dpo job needs start = "NAME", the SFT model it goes on from')
+        if self.kind == "sft" and self.start:
+            raise ValueError("start belongs to a dpo job; an sft job begins from base")
+        return self
+
+
+class TrainJob(Tolerant):
+    """What crosses the wire: the spec, the dataset it trains on, and the key that makes a submit idempotent."""
+
+    spec: JobSpec
+    dataset_id: str
+    code_version: str
+    nonce: str
+
+    @property
+    def key(self) -> str:
+        return content_id([self.spec.model_dump(mode="json"), self.dataset_id, self.code_version, self.nonce])
+
+
+class JobState(StrEnum):
+    QUEUED = "QUEUED"
+    PREPARING = "PREPARING"
+    RUNNING = "RUNNING"
+    EVALUATING = "EVALUATING"
+    EXPORTING = "EXPORTING"
+    REGISTERING = "REGISTERING"
+    INTERRUPTED = "INTERRUPTED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+    @property
+    def active(self) -> bool:
+        """A runner works on it."""
+        return self in STAGES
+
+    def may_become(self, new: "JobState") -> bool:
+        """The legal transitions: stages go forward, any stage may end or be interrupted, what ended stays ended."""
+        if self is JobState.QUEUED:
+            return new in (JobState.PREPARING, JobState.CANCELLED, JobState.FAILED)
+        if self is JobState.INTERRUPTED:
+            return new in (JobState.QUEUED, JobState.CANCELLED, JobState.FAILED)
+        if self.ended:
+            return False
+        if new in STAGES:
+            return STAGES.index(new) > STAGES.index(self)
+        return new is not JobState.QUEUED and (new is not JobState.SUCCEEDED or self is JobState.REGISTERING)
+
+
+STAGES = (JobState.PREPARING, JobState.RUNNING, JobState.EVALUATING, JobState.EXPORTING, JobState.REGISTERING)
+ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Metrics(Tolerant):
+    """One line of metrics.jsonl. Memory is the peak of the process in MB; `time` is Unix seconds."""
+
+    time: float
+    step: int
+    steps: int
+    epoch: float
+    loss: float | None = None
+    eval_loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    memory_mb: float | None = None
+    eta_s: float | None = None
+    extra: dict[str, float] = {}  # dpo: reward accuracy, margins
+
+
+class Perplexity(Tolerant):
+    """exp of the mean negative log-likelihood a completion token, on the held-out rows."""
+
+    rows: int
+    tokens: int
+    base: float
+    tuned: float
+
+
+class PairScores(Tolerant):
+    """Held-out preference pairs. Source of the first: Rafailov et al. 2023, DPO, implicit reward beta*log(pi/pi_ref).
+
+    `reward_accuracy`: share of pairs whose chosen answer gains more over the reference than the rejected one.
+    `chosen_likelier`: share of pairs whose chosen answer the tuned model itself finds likelier; `_reference` before training.
+    """
+
+    pairs: int
+    reward_accuracy: float
+    reward_margin: float
+    chosen_likelier: float
+    chosen_likelier_reference: float
+
+
+class JobResult(Tolerant):
+    """What a finished job leaves: the tag it registered and its figures. `alias` is empty where the alias was not moved."""
+
+    model: str  # hafs-coder:v1
+    alias: str = ""
+    note: str = ""
+    folder: str = ""  # below the node's root
+    runtime: str = ""  # URL of the server it is registered at, as the node sees it
+    perplexity: Perplexity | None = None
+    pairs: PairScores | None = None
+    train_s: float = 0.0
+    steps: int = 0
+
+
+class JobError(Tolerant):
+    code: str
+    message: str
+    hint: str = ""
+
+
+class JobView(Tolerant):
+    """A job as the node reports it."""
+
+    id: str
+    kind: str
+    name: str
+    state: JobState
+    detail: str = ""
+    attempt: int = 0
+    created_at: float
+    updated_at: float
+    dataset_id: str = ""
+    error: JobError | None = None
+    result: JobResult | None = None

@@ -1,0 +1,90 @@
+"""Read a TOML file into a model; every mistake is reported with the file, the line and the nearest valid key."""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from config.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError where the file is missing, unreadable or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file", hint="check the path; examples are in config/presets") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def load_toml(path: Path, model: type[M]) -> M:
+    """The file as `model`. Raises ConfigError naming file, line and key of the first mistake."""
+    table = read_toml(path)
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise mistake(path, error, model) from error
+
+
+def mistake(path: Path, error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """The first mistake of a validation, in the words of the person who wrote the file."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    where = f"{path}:{line_of(path.read_text(encoding='utf-8'), keys)}"
+    name = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        known = known_keys(model, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"known keys here: {', '.join(known)}"
+        return ConfigError(f'{where}: unknown key "{name}"', hint=hint)
+    if first["type"] == "missing":
+        return ConfigError(f'{where}: the key "{name}" is missing', hint="add it")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where}: {name or 'the file'}: {reason}" + (f" (got {first['input']!r})" if name else ""))
+
+
+def known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names of the model that `path` leads to; the keys of tables that a person names are stepped over."""
+    current: Any = model
+    for part in path:
+        annotation = current.model_fields[part].annotation if _is_model(current) and part in current.model_fields else None
+        candidates = _models_in(annotation) if annotation is not None else ([current] if _is_model(current) else [])
+        if not candidates:
+            return []
+        current = candidates[0]
+    return sorted(current.model_fields) if _is_model(current) else []
+
+
+def line_of(text: str, keys: list[str]) -> int:
+    """The line (from 1) of a dotted key, or of the nearest table above it; 1 if neither is found."""
+    table: list[str] = []
+    best, depth = 1, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+([^\]]+)\]+", line):
+            table = [part.strip().strip("\"'") for part in header[1].split(".")]
+            here = table
+        elif key := re.match(r"\s*([\w.\"'-]+)\s*=", line):
+            here = table + [part.strip("\"'") for part in key[1].split(".")]
+        else:
+            continue
+        if here == keys[: len(here)] and len(here) > depth:
+            best, depth = number, len(here)
+    return best
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if _is_model(annotation):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
