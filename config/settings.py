@@ -15,7 +15,7 @@ LOCAL = "local"  # the node that is this machine
 
 
 class NodeSettings(Strict):
-    """One node of nodes.toml. `host` is a host name or an alias of ~/.ssh/config. `command` is `hafs-node` on the node, absolute."""
+    """One node of nodes.toml. `host` is a host name or an alias of ~/.ssh/config. `command`: `hafs-node` there, absolute."""
 
     host: str
     user: str = ""

@@ -24,7 +24,6 @@ from config.contracts.base import Tolerant
 from config.contracts.job import JobError, JobResult, JobState, TrainJob
 from config.files import write_atomic
 
-
 M = TypeVar("M", bound=Tolerant)
 
 
