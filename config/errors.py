@@ -63,7 +63,17 @@ class ProviderError(HafsError):
 
 
 class ProviderUnavailable(ProviderError):
+    """`billable` False: it was not reached or refused with a 5xx, so nothing was generated; True also where nobody knows.
+
+    `retry_after_s` is what the server asked for, None if it did not say.
+    """
+
     exit_code = 11
+
+    def __init__(self, message: str, *, billable: bool = True, retry_after_s: float | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.billable = billable
+        self.retry_after_s = retry_after_s
 
 
 class AuthFailed(ProviderError):

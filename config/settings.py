@@ -67,9 +67,13 @@ class Settings(Strict):
     def known_hosts(self) -> Path:
         return self.home / "known_hosts"
 
+    def nodes(self) -> dict[str, NodeSettings]:
+        """The nodes of nodes.toml by name, without `local`."""
+        return load_toml(self.nodes_file, NodesFile).nodes if self.nodes_file.exists() else {}
+
     def node(self, name: str) -> NodeSettings:
         """Raises ConfigError for a name that nodes.toml does not have."""
-        nodes = load_toml(self.nodes_file, NodesFile).nodes if self.nodes_file.exists() else {}
+        nodes = self.nodes()
         if name not in nodes:
             known = ", ".join([LOCAL, *nodes])
             raise ConfigError(f'no node "{name}" in {self.nodes_file}', hint=f"known nodes: {known}; add a table [nodes.{name}]")

@@ -36,7 +36,8 @@ def load_toml(path: Path, model: type[M]) -> M:
 
 def mistake(path: Path, error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The first mistake of a validation, in the words of the person who wrote the file."""
-    first = error.errors()[0]
+    # A misspelt key also leaves the right one missing: the misspelling is what to say.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     keys = [str(part) for part in first["loc"]]
     where = f"{path}:{line_of(path.read_text(encoding='utf-8'), keys)}"
     name = ".".join(keys)

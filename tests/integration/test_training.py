@@ -1,0 +1,270 @@
+"""Jobs of the pipeline as the runner starts them: real child processes, a real model server, a tiny model."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zstandard
+from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
+
+from config.contracts.base import Tolerant
+from config.contracts.job import JobError, JobResult, JobSpec, JobState, Metrics, TrainJob, TrainOptions
+from config.contracts.manifest import DataKind, DatasetManifest, Segment
+from config.contracts.sample import Message, PreferencePair, Provenance, Sample
+from tests.fakes.tiny_model import write_tiny_model
+from trainer_node.jobdir import JobDir
+from trainer_node.ollama import OllamaApi
+from trainer_node.registry import resolve, versions
+from trainer_node.runtime.launch import ensure_runtime
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+SYSTEM = "Be brief."
+PROVENANCE = Provenance(campaign="c", task_id="t")
+STOPPED = 75
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A node with a tiny base and a dataset of each kind; its runtime is ended with it."""
+    path = tmp_path_factory.mktemp("node")
+    write_tiny_model(path / "tiny.gguf")
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("HAFS_RUNTIME", "embedded")
+    monkey.setenv("OMP_NUM_THREADS", "1")
+    start = "import sys, pathlib, trainer_node.runtime.launch as l; l.ensure_runtime(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", start, str(path)], cwd=Path(__file__).parents[2], check=True, timeout=100)
+    yield path
+    server = psutil.Process(json.loads((path / "runtime" / "runtime.json").read_text())["pid"])
+    server.terminate()
+    server.wait(20)
+    monkey.undo()
+
+
+@pytest.fixture(scope="module")
+def api(root: Path) -> OllamaApi:
+    return OllamaApi(ensure_runtime(root).url)
+
+
+def messages(number: int) -> list[Message]:
+    return [Message(role="system", content=SYSTEM), Message(role="user", content=f"What is {number}?")]
+
+
+def sample(number: int, system: str = SYSTEM) -> Sample:
+    asked = [Message(role="system", content=system), *messages(number)[1:]]
+    return Sample(
+        id=f"{number}", domain="d", source_id=f"s{number}", messages=asked, completion="yes it is.", provenance=PROVENANCE
+    )
+
+
+def pair(number: int) -> PreferencePair:
+    return PreferencePair(
+        id=f"{number}",
+        domain="d",
+        source_id=f"s{number}",
+        messages=messages(number),
+        chosen="yes it is.",
+        rejected="no it is not.",
+        change="truth",
+        provenance=PROVENANCE,
+    )
+
+
+def push(root: Path, rows: list[Sample] | list[PreferencePair], kind: DataKind) -> str:
+    """What the inbox leaves: a sealed segment and a manifest. Returns the dataset's id."""
+    raw = "".join(row.model_dump_json() + "\n" for row in rows).encode()
+    packed = zstandard.ZstdCompressor().compress(raw)
+    sha = hashlib.sha256(raw).hexdigest()
+    (root / "segments").mkdir(exist_ok=True)
+    (root / "segments" / f"{sha}.jsonl.zst").write_bytes(packed)
+    segment = Segment(sha256=sha, rows=len(rows), bytes=len(raw), packed_bytes=len(packed))
+    manifest = DatasetManifest(name="data", kind=kind, campaigns=["c"], segments=[segment])
+    (root / "datasets").mkdir(exist_ok=True)
+    (root / "datasets" / f"{manifest.id}.json").write_text(manifest.model_dump_json())
+    return manifest.id
+
+
+def submit(root: Path, job: str, dataset: str, name: str, start: str = "", **train: object) -> JobDir:
+    options = {"lr": 1e-2, "epochs": 12, "save_steps": 5, "dtype": "float32", "max_length": 64} | train
+    spec = JobSpec(
+        kind="dpo" if start else "sft",
+        name=name,
+        base=str(root / "tiny.gguf"),
+        data=["d"],
+        start=start,
+        system=SYSTEM,
+        probe="What is 7?",
+        train=TrainOptions.model_validate(options),
+    )
+    job_dir = JobDir(root / "jobs" / job)
+    job_dir.write_job(TrainJob(spec=spec, dataset_id=dataset, code_version="x", nonce=job))
+    return job_dir
+
+
+def begin(job_dir: JobDir, attempt: int) -> subprocess.Popen[bytes]:
+    log = job_dir.log_file(attempt)
+    log.parent.mkdir(parents=True)
+    command = [sys.executable, "-P", "-m", "trainer_node.pipeline", "--job", str(job_dir.path), "--attempt", str(attempt)]
+    source = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, cwd=job_dir.path, stdout=file, stderr=subprocess.STDOUT, env=os.environ | source)
+
+
+def finish(job_dir: JobDir, attempt: int, code: int = 0) -> str:
+    """Run one attempt to its end; its log."""
+    child = begin(job_dir, attempt)
+    try:
+        found = child.wait(200)
+    finally:
+        child.kill()
+    log = job_dir.log_file(attempt).read_text()
+    assert found == code, log
+    return log
+
+
+def until(condition: Callable[[], bool], deadline_s: float = 120) -> None:
+    retry(retry=retry_if_result(lambda met: not met), wait=wait_fixed(0.02), stop=stop_after_delay(deadline_s))(condition)()
+
+
+def metrics(job_dir: JobDir) -> list[Metrics]:
+    return [Metrics.model_validate_json(line) for line in job_dir.metrics_file.read_bytes().splitlines()]
+
+
+def read(path: Path, model: type[Tolerant]) -> Tolerant:
+    return model.model_validate_json(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def samples(root: Path) -> str:
+    return push(root, [sample(number) for number in range(40)], "samples")
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path, samples: str) -> JobDir:
+    job_dir = submit(root, "sft", samples, "hafs-tiny")
+    finish(job_dir, 1)
+    return job_dir
+
+
+def test_sft_ends_in_a_model_that_answers(root: Path, api: OllamaApi, tuned: JobDir) -> None:
+    result = tuned.result()
+    assert result is not None
+    assert (result.model, result.alias, result.note) == ("hafs-tiny:v1", "hafs-tiny:latest", "")
+    assert result.perplexity is not None
+    assert result.perplexity.tuned < 2 < result.perplexity.base
+    reply = api.chat("hafs-tiny:latest", [{"role": "user", "content": "What is 9?"}], options={})
+    assert (reply["message"]["content"], reply["done_reason"]) == ("yes it is.", "stop")
+    lines = metrics(tuned)
+    assert [line.step for line in lines] == list(range(1, result.steps + 1))
+    assert all(line.lr is not None and line.tokens_per_s and line.memory_mb for line in lines)
+    kept = {path.name for path in (root / result.folder).iterdir()}
+    assert kept == {"adapter", "adapter.gguf", "job.json", "metrics.jsonl", "training_stats.json", "evaluation.json"}
+    assert [model.tag for model in versions(root)][:1] == ["hafs-tiny:v1"]
+    stage = tuned.stage(1)
+    assert stage is not None
+    assert stage.state is JobState.REGISTERING
+
+
+def test_a_lost_registration_is_repeated_without_training(root: Path, tuned: JobDir) -> None:
+    first = tuned.result()
+    before = tuned.metrics_file.read_bytes()
+    tuned.result_file.unlink()
+    log = finish(tuned, 2)
+    assert "RUNNING done in an earlier attempt" in log
+    assert tuned.metrics_file.read_bytes() == before
+    assert tuned.result() == first
+    assert len([model for model in versions(root) if model.tag.startswith("hafs-tiny:")]) == 1
+
+
+def test_dpo_goes_on_from_the_sft_adapter(root: Path, tuned: JobDir) -> None:
+    pairs = push(root, [pair(number) for number in range(40)], "pairs")
+    job_dir = submit(root, "dpo", pairs, "hafs-tiny-dpo", start="hafs-tiny", lr=1e-3, epochs=3)
+    finish(job_dir, 1)
+    result = job_dir.result()
+    assert result is not None
+    assert result.model == "hafs-tiny-dpo:v1"
+    assert result.pairs is not None
+    assert result.pairs.reward_accuracy == 1
+    assert result.pairs.reward_margin > 0
+    lines = metrics(job_dir)
+    assert lines[0].loss == pytest.approx(0.6931, abs=1e-3)  # the reference is the adapter it begins with
+    assert lines[-1].loss is not None
+    assert lines[-1].loss < 0.6
+    assert "rewards/margins" in lines[-1].extra
+    assert resolve(root, "hafs-tiny-dpo").start == "hafs-tiny:v1"
+
+
+def test_a_killed_run_goes_on_and_takes_the_same_steps(root: Path, samples: str, tuned: JobDir) -> None:
+    """kill -9 after a checkpoint, half a checkpoint on top of it: the losses are those of the run that was left alone."""
+    job_dir = submit(root, "killed", samples, "hafs-killed")
+    child = begin(job_dir, 1)
+    until(lambda: (job_dir.checkpoints / "checkpoint-10" / "COMPLETE.json").exists())
+    child.send_signal(signal.SIGKILL)
+    child.wait(20)
+    assert not job_dir.adapter.exists()
+    torn = job_dir.checkpoints / "checkpoint-999"
+    torn.mkdir()
+    (torn / "adapter_model.safetensors").write_bytes(b"half")
+    log = finish(job_dir, 2)
+    assert "going on from the checkpoint of step" in log
+    assert not torn.exists()
+    assert [(line.step, line.loss) for line in metrics(job_dir)] == [(line.step, line.loss) for line in metrics(tuned)]
+
+
+def test_the_stop_file_ends_the_run_and_keeps_the_step(root: Path, samples: str) -> None:
+    job_dir = submit(root, "stopped", samples, "hafs-stopped", save_steps=1000)
+    child = begin(job_dir, 1)
+    until(lambda: job_dir.metrics_file.exists() and job_dir.metrics_file.stat().st_size > 0)
+    job_dir.stop_file.touch()
+    assert child.wait(60) == STOPPED
+    step = metrics(job_dir)[-1].step
+    assert (job_dir.checkpoints / f"checkpoint-{step}" / "COMPLETE.json").exists()
+    job_dir.stop_file.unlink()
+    assert f"going on from the checkpoint of step {step}\n" in finish(job_dir, 2)
+    assert [line.step for line in metrics(job_dir)] == list(range(1, metrics(job_dir)[-1].steps + 1))
+
+
+def test_a_model_that_does_not_stop_fails_the_gate_and_keeps_its_files(root: Path, api: OllamaApi, samples: str) -> None:
+    job_dir = submit(root, "raw", samples, "hafs-raw", epochs=0.1, lr=1e-6)
+    finish(job_dir, 1, code=44)
+    error = read(job_dir.attempt(1) / "error.json", JobError)
+    assert isinstance(error, JobError)
+    assert error.code == "GateFailed"
+    assert job_dir.adapter_gguf.exists()
+    assert not job_dir.result_file.exists()
+    assert "hafs-raw:latest" not in api.tags()
+    assert "hafs-raw:v1" in api.tags()
+    assert not [model for model in versions(root) if model.tag.startswith("hafs-raw")]
+
+
+def test_a_latest_that_hafs_did_not_make_is_left_alone(root: Path, api: OllamaApi, samples: str) -> None:
+    api.create("hafs-mine:latest", files={"base.gguf": root / "tiny.gguf"}, system="Mine.")
+    before = api.tags()["hafs-mine:latest"]
+    job_dir = submit(root, "mine", samples, "hafs-mine")
+    finish(job_dir, 1)
+    result = read(job_dir.result_file, JobResult)
+    assert isinstance(result, JobResult)
+    assert (result.model, result.alias) == ("hafs-mine:v1", "")
+    assert "not made by hafs" in result.note
+    assert api.tags()["hafs-mine:latest"] == before
+
+
+def test_another_system_message_is_told_before_anything_is_trained(root: Path) -> None:
+    dataset = push(root, [sample(number, "Be long.") for number in range(4)], "samples")
+    job_dir = submit(root, "system", dataset, "hafs-system")
+    finish(job_dir, 1, code=42)
+    error = read(job_dir.attempt(1) / "error.json", JobError)
+    assert isinstance(error, JobError)
+    assert error.code == "JobFailed"
+    assert "Be long." in error.message
+    stage = job_dir.stage(1)
+    assert stage is not None
+    assert stage.state is JobState.PREPARING
+    assert not job_dir.checkpoints.exists()

@@ -1,0 +1,402 @@
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import anyio
+import pytest
+
+from agents.budget import Budget
+from agents.lanes import Lane
+from agents.prices import Price
+from agents.providers.fake import FakeProvider
+from agents.scheduler import RunEnd, Scheduler
+from agents.task import Completion, Outcome, Sampling, Task, Usage
+from config.contracts.sample import Message
+from config.errors import AuthFailed, BadRequest, Blocked, ConfigError, DiskFull, ProviderUnavailable, RateLimited
+
+ANY = {}  # routing: every lane serves every domain
+
+
+def task(number: int, domain: str = "asm") -> Task:
+    return Task(domain, "cell", f"s{number}", (Message(role="user", content=f"prompt {number}"),), Sampling(), 1, 0)
+
+
+class Tasks:
+    """`count` tasks, or those given."""
+
+    def __init__(self, tasks: int | Iterable[Task]) -> None:
+        self._tasks = iter([task(n) for n in range(tasks)] if isinstance(tasks, int) else tasks)
+        self.handed_out = 0
+
+    def next(self) -> Task | None:
+        found = next(self._tasks, None)
+        self.handed_out += found is not None
+        return found
+
+
+class Run:
+    """Runs a scheduler in virtual time and keeps what came of it."""
+
+    def __init__(self, virtual: Any) -> None:
+        self._virtual = virtual
+        self.outcomes: list[Outcome] = []
+        self.seconds = 0.0
+        self.scheduler: Scheduler
+
+    def __call__(
+        self, lanes: Sequence[Lane], source: Any, *, routing: Any = ANY, budget: Budget | None = None, drain_after: int = 0
+    ) -> RunEnd:
+        async def work() -> RunEnd:
+            self.scheduler = Scheduler(lanes, routing, budget or Budget(None))
+            try:
+                return await self.scheduler.run(source, keep)
+            finally:
+                self.seconds = anyio.current_time()
+
+        async def keep(outcome: Outcome) -> None:
+            self.outcomes.append(outcome)
+            if len(self.outcomes) == drain_after:
+                self.scheduler.drain()
+
+        return self._virtual(work)
+
+
+@pytest.fixture
+def run(virtual: Any) -> Run:
+    return Run(virtual)
+
+
+def lane(script: Iterable[Any], name: str = "gpu", slots: int = 4, latency_s: float = 1.0, **more: Any) -> Lane:
+    return Lane(name, FakeProvider(script, latency_s=latency_s), "m", slots, **more)
+
+
+def forever(entry: Any) -> Iterable[Any]:
+    return itertools.repeat(entry)
+
+
+def test_fills_its_slots_and_ends_when_the_source_is_dry(run: Run) -> None:
+    gpu = lane(forever("ok"), slots=4)
+    end = run([gpu], Tasks(12))
+    assert end == RunEnd("done", "")
+    assert len({outcome.task.id for outcome in run.outcomes}) == len(run.outcomes) == 12
+    assert gpu.provider.peak == 4
+    assert run.seconds == pytest.approx(3.0)
+    first = run.outcomes[0]
+    assert (first.lane, first.provider, first.attempt, first.error, first.cost_usd) == ("gpu", "fake", 1, "", 0.0)
+
+
+def test_a_source_may_give_more_after_an_outcome(run: Run) -> None:
+    class OneAtATime:
+        left = 3
+
+        def next(self) -> Task | None:
+            if len(run.outcomes) + self.left != 3 or not self.left:
+                return None
+            self.left -= 1
+            return task(self.left)
+
+    assert run([lane(forever("ok"))], OneAtATime()).reason == "done"
+    assert len(run.outcomes) == 3 and run.seconds == pytest.approx(3.0)
+
+
+def test_nothing_to_do_ends_at_once(run: Run) -> None:
+    assert run([lane([])], Tasks(0)) == RunEnd("done", "")
+
+
+def test_a_slow_outcome_slows_admission(virtual: Any) -> None:
+    source = Tasks(100)
+
+    async def work() -> None:
+        async def stuck(outcome: Outcome) -> None:
+            await anyio.sleep(1000)
+
+        with anyio.move_on_after(500) as scope:
+            with anyio.CancelScope() as inner:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(Scheduler([lane(forever("ok"), slots=4)], ANY, Budget(None)).run, source, stuck)
+                    await anyio.sleep(400)
+                    assert source.handed_out == 8  # twice the slots
+                    inner.cancel()
+        assert not scope.cancelled_caught or anyio.current_time() >= 1000  # what was being stored was stored
+
+    virtual(work)
+
+
+def test_free_lanes_first_paid_ones_when_they_are_busy(run: Run) -> None:
+    price = Price(1e-6, 1e-6)
+    paid = lane(forever("ok"), "flash", slots=2, price=price)
+    free = lane(forever("ok"), "gpu", slots=2)
+    run([paid, free], Tasks(2))
+    assert {outcome.lane for outcome in run.outcomes} == {"gpu"}
+    run([paid, lane(forever("ok"), "gpu", slots=2)], Tasks(4))
+    assert sorted(outcome.lane for outcome in run.outcomes[2:]) == ["flash", "flash", "gpu", "gpu"]
+
+
+def test_routing(run: Run) -> None:
+    lanes = [lane(forever("ok"), "a"), lane(forever("ok"), "b")]
+    run(lanes, Tasks([task(n, domain) for n, domain in enumerate(["asm", "rom", "asm", "rom"])]), routing={"asm": ["b"]})
+    assert {(outcome.task.domain, outcome.lane) for outcome in run.outcomes} == {("asm", "b"), ("rom", "a")}
+
+
+def test_rate_limited_waits_as_long_as_asked(run: Run) -> None:
+    run([lane([RateLimited("slow down", retry_after_s=34), "ok"], slots=1, latency_s=0)], Tasks(1))
+    assert run.outcomes[0].attempt == 2 and run.outcomes[0].completion
+    assert 34 <= run.seconds <= 35
+
+
+def test_another_lane_takes_a_rate_limited_task_at_once(run: Run) -> None:
+    lanes = [lane([RateLimited("no", retry_after_s=60)], "a", slots=1), lane(forever("ok"), "b", slots=1)]
+    run(lanes, Tasks(1))
+    assert run.outcomes[0].lane == "b" and run.outcomes[0].attempt == 2 and run.seconds == pytest.approx(2.0)
+
+
+def test_a_server_with_fewer_slots_is_found_out_and_loses_nothing(run: Run) -> None:
+    class Crowded(FakeProvider):
+        async def generate(self, *args: Any) -> Completion:
+            if self._in_flight >= 32:
+                self.refused += 1
+                raise RateLimited("full", retry_after_s=1)
+            return await super().generate(*args)
+
+        refused = 0
+
+    server = Crowded(forever("ok"), latency_s=0.2)
+    run([Lane("gpu", server, "m", 128)], Tasks(2000))
+    assert all(outcome.completion for outcome in run.outcomes) and len(run.outcomes) == 2000
+    assert run.seconds < 1.25 * 2000 / 32 * 0.2
+    assert server.refused < 400
+
+
+def test_unavailable_is_retried_with_growing_waits_then_given_back_as_an_error(run: Run) -> None:
+    class FailsOneTask(FakeProvider):
+        times: list[float] = []
+
+        async def generate(self, model: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
+            if messages[0].content == "prompt 0":
+                self.times.append(anyio.current_time())
+                raise ProviderUnavailable("this one always breaks")
+            return await super().generate(model, messages, sampling)
+
+    provider = FailsOneTask(forever("ok"), latency_s=0.25)
+    run([Lane("gpu", provider, "m", 4)], Tasks(200))
+    failed = [outcome for outcome in run.outcomes if outcome.error]
+    assert [(outcome.attempt, outcome.error, outcome.completion) for outcome in failed] == [(6, "this one always breaks", None)]
+    gaps = [after - before for before, after in itertools.pairwise(provider.times)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(gaps))
+
+
+def test_a_task_that_hangs_is_timed_out(run: Run) -> None:
+    run([lane(["late", "ok"], slots=1, latency_s=130)], Tasks(0))
+    with pytest.raises(ProviderUnavailable, match="no answer in 120 s"):
+        run([lane(forever("late"), slots=8, latency_s=130)], Tasks(8))
+
+
+def test_a_dead_lane_is_given_up_after_ten_seconds_and_is_not_hammered(run: Run) -> None:
+    dead = lane(forever(ProviderUnavailable("cannot connect to box:1", hint="start it")), slots=8, latency_s=0)
+    with pytest.raises(ProviderUnavailable, match="no lane answers: cannot connect to box:1") as raised:
+        run([dead], Tasks(100))
+    assert raised.value.hint == "start it"
+    assert 10 <= run.seconds < 11
+    assert dead.provider.calls <= 8 + 5
+
+
+def test_a_lane_that_has_answered_is_waited_for_a_minute(run: Run) -> None:
+    dead = lane(itertools.chain(["ok"] * 4, forever(ProviderUnavailable("gone"))), latency_s=0.1)
+    with pytest.raises(ProviderUnavailable, match="gone"):
+        run([dead], Tasks(1000))
+    assert 60 <= run.seconds < 62
+
+
+def test_a_lane_that_comes_back_goes_on(run: Run) -> None:
+    blip = itertools.chain(["ok"] * 4, [ProviderUnavailable("restarting")] * 12, forever("ok"))
+    assert run([lane(blip, latency_s=0.1)], Tasks(50)).reason == "done"
+    assert sum(outcome.completion is not None for outcome in run.outcomes) == 50
+
+
+def test_one_dead_lane_does_not_stop_the_other(run: Run) -> None:
+    dead = lane(forever(ProviderUnavailable("gone")), "dead", latency_s=0)
+    assert run([dead, lane(forever("ok"), "alive")], Tasks(400)).reason == "done"
+    assert all(outcome.lane == "alive" and outcome.completion for outcome in run.outcomes)
+    assert dead.provider.calls < 30
+
+
+def test_a_refused_key_closes_its_lane_and_raises_where_none_is_left(run: Run) -> None:
+    refused = AuthFailed("key refused", hint="get one")
+    end = run([lane(forever(refused), "a", latency_s=0), lane(forever("ok"), "b")], Tasks(20))
+    assert end.reason == "done" and 'lane "a" was closed: key refused' in end.message
+    assert {outcome.lane for outcome in run.outcomes} == {"b"}
+    with pytest.raises(AuthFailed, match="key refused"):
+        run([lane(forever(refused))], Tasks(20))
+
+
+def test_an_exhausted_day_closes_the_lane_for_the_run(run: Run) -> None:
+    spent = RateLimited("quota of the day", retry_after_s=3, per_day=True)
+    flash = lane(itertools.chain(["ok"], forever(spent)), "flash", slots=1, latency_s=0.1)
+    end = run([flash, lane(forever("ok"), "gpu", slots=1)], Tasks(20))
+    assert end.reason == "done" and "quota of the day" in end.message
+    assert flash.provider.calls == 2
+    with pytest.raises(RateLimited, match="quota of the day"):
+        run([lane(forever(spent))], Tasks(3))
+
+
+def test_what_no_retry_mends_is_not_retried(run: Run) -> None:
+    entries = ["ok", BadRequest("too long"), Blocked("safety"), "ok"]
+    run([lane(entries, slots=1)], Tasks(4))
+    assert [(outcome.error, outcome.attempt) for outcome in run.outcomes] == [("", 1), ("too long", 1), ("safety", 1), ("", 1)]
+
+
+def test_a_lane_that_refuses_everything_stops_the_run(run: Run) -> None:
+    missing = BadRequest("model 'x' not found", hint="ollama pull x")
+    with pytest.raises(BadRequest, match="not found") as raised:
+        run([lane(forever(missing), slots=1)], Tasks(50))
+    assert raised.value.hint == "ollama pull x"
+    assert len(run.outcomes) == 5
+    many = lane(itertools.chain(["ok"], [missing] * 20), slots=1)
+    assert run([many], Tasks(21)).reason == "done"
+
+
+def test_drain_finishes_what_runs_and_starts_nothing_new(run: Run) -> None:
+    gpu = lane(forever("ok"), slots=4)
+    end = run([gpu], Tasks(100), drain_after=2)
+    assert end.reason == "drained"
+    assert len(run.outcomes) == gpu.provider.calls == 4
+    assert all(outcome.completion for outcome in run.outcomes)
+
+
+def test_drain_does_not_wait_for_retries_and_leaves_them_owed(run: Run) -> None:
+    gpu = lane(["ok", RateLimited("later", retry_after_s=500), "ok"], slots=3)
+    assert run([gpu], Tasks(3), drain_after=2).reason == "drained"
+    assert len(run.outcomes) == 2 and run.seconds < 2
+
+
+def test_the_limit_of_requests_a_minute(run: Run) -> None:
+    class Timed(FakeProvider):
+        times: list[float] = []
+
+        async def generate(self, *args: Any) -> Completion:
+            self.times.append(anyio.current_time())
+            return await super().generate(*args)
+
+    provider = Timed(forever("ok"), latency_s=0.5)
+    run([Lane("flash", provider, "m", 8, rpm=10)], Tasks(35))
+    assert len(run.outcomes) == 35
+    assert all(later - earlier > 60 for earlier, later in zip(provider.times, provider.times[10:], strict=False))
+    assert run.seconds < 190
+
+
+def paid_completion() -> Completion:
+    return Completion("yes", "stop", Usage(prompt_tokens=2, completion_tokens=1, thinking_tokens=1), "m", 0.1)
+
+
+def test_the_budget_ends_the_run_and_says_so(run: Run) -> None:
+    budget = Budget(0.01)
+    flash = lane(forever(paid_completion()), "flash", slots=64, price=Price(1e-5, 1e-4))
+    end = run([flash], Tasks(10_000), budget=budget)
+    assert end.reason == "budget" and "the budget of $0.01 is met" in end.message
+    assert sum(outcome.cost_usd for outcome in run.outcomes) == pytest.approx(budget.spent_usd)
+    # Spent to the last call whose worst case fits.
+    assert 0 <= 0.01 - budget.spent_usd < 96 * 1e-4 + 60 * 1e-5
+    assert budget.outstanding == 0
+
+
+def test_free_lanes_go_on_when_the_money_is_spent(run: Run) -> None:
+    flash = lane(forever(paid_completion()), "flash", price=Price(1e-5, 1e-4))
+    end = run([flash, lane(forever("ok"), "gpu")], Tasks(200), budget=Budget(0.015))
+    assert end.reason == "done" and "is met" in end.message
+    assert len(run.outcomes) == 200 and all(outcome.completion for outcome in run.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("error", "assumed"),
+    [
+        (ProviderUnavailable("dropped in mid-answer"), True),
+        (Blocked("safety"), True),
+        (ProviderUnavailable("503", billable=False), False),
+        (RateLimited("429", retry_after_s=1), False),
+        (BadRequest("400"), False),
+    ],
+)
+def test_a_paid_call_without_usage_is_assumed_only_where_it_may_be_billed(run: Run, error: Any, assumed: bool) -> None:
+    budget = Budget(1.0)
+    price = Price(1e-6, 1e-5)
+    run([lane([error, paid_completion()], slots=1, price=price)], Tasks(1), budget=budget)
+    outcome = run.outcomes[0]
+    answered = price.cost(paid_completion().usage) if outcome.completion else 0.0
+    assert outcome.cost_assumed is assumed
+    assert outcome.cost_usd == pytest.approx(budget.spent_usd)
+    assert (outcome.cost_usd - answered > 96 * 1e-5) is assumed
+
+
+def test_money_that_a_drained_task_may_have_cost_is_not_forgotten(run: Run) -> None:
+    budget = Budget(1.0)
+    script = [paid_completion(), ProviderUnavailable("dropped")]
+    run([lane(script, slots=2, price=Price(1e-6, 1e-5))], Tasks(2), budget=budget, drain_after=1)
+    assert sorted(outcome.error for outcome in run.outcomes) == ["", "drained before it was answered: dropped"]
+    assert sum(outcome.cost_usd for outcome in run.outcomes) == pytest.approx(budget.spent_usd)
+
+
+def test_an_unknown_price_under_a_budget_is_refused_before_anything_is_sent() -> None:
+    nobody_knows = Lane("flash", FakeProvider([], name="gemini"), "gemini-99", 4)
+    with pytest.raises(ConfigError, match='lanes.flash: the price of "gemini-99" is not known') as raised:
+        Scheduler([nobody_knows], ANY, Budget(5.0))
+    assert "remove max_usd" in raised.value.hint
+    Scheduler([nobody_knows], ANY, Budget(None))
+
+
+@pytest.mark.parametrize("routing", [{"asm": ["nope"]}, {"asm": []}])
+def test_routing_that_fits_no_lane_is_refused(routing: Any) -> None:
+    with pytest.raises(ConfigError, match="routing.asm"):
+        Scheduler([lane([])], routing, Budget(None))
+
+
+def test_an_error_of_the_store_leaves_the_run_as_itself(virtual: Any) -> None:
+    async def work() -> None:
+        async def full(outcome: Outcome) -> None:
+            raise DiskFull("no space left for samples.jsonl")
+
+        with pytest.raises(DiskFull):
+            await Scheduler([lane(forever("ok"))], ANY, Budget(None)).run(Tasks(20), full)
+
+    virtual(work)
+
+
+def test_cancelling_stores_what_was_answered_and_settles_the_money(virtual: Any) -> None:
+    stored: list[str] = []
+    budget = Budget(1.0)
+
+    async def work() -> None:
+        async def slow(outcome: Outcome) -> None:
+            await anyio.sleep(5)
+            stored.append(outcome.task.id)
+
+        lanes = [lane(forever(paid_completion()), slots=2, latency_s=10, price=Price(1e-6, 1e-5))]
+        with anyio.move_on_after(12) as scope:  # two calls are being stored, two more are running
+            await Scheduler(lanes, ANY, budget).run(Tasks(50), slow)
+        assert scope.cancelled_caught
+        assert anyio.current_time() == pytest.approx(15)
+
+    virtual(work)
+    assert len(stored) == 2
+    assert budget.outstanding == 0
+    assert budget.spent_usd > 2 * 96 * 1e-5  # the two that were cut off are assumed at their worst
+
+
+def test_figures(virtual: Any) -> None:
+    async def work() -> None:
+        async def ignore(outcome: Outcome) -> None:
+            pass
+
+        script = itertools.chain([ProviderUnavailable("blip")], forever("ok"))
+        scheduler = Scheduler([lane(script, slots=4, latency_s=0.5)], ANY, Budget(None))
+        assert scheduler.figures().requests_per_s == 0
+        async with anyio.create_task_group() as group:
+            group.start_soon(scheduler.run, Tasks(1000), ignore)
+            await anyio.sleep(20.2)
+            figures = scheduler.figures()
+            group.cancel_scope.cancel()
+        gpu = figures.lanes[0]
+        assert (gpu.name, gpu.in_flight, gpu.errors, gpu.closed_by) == ("gpu", 4, 1, "")
+        assert figures.requests_per_s == pytest.approx(8.0)
+        assert gpu.ok == pytest.approx(8 * 20, abs=4)
+
+    virtual(work)

@@ -1,0 +1,102 @@
+"""Every command has help, every error its exit code, and nothing heavy loads before it is needed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from campaigns.cli import main as cli
+from config.errors import HafsError, all_errors
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(typer.main.get_command(cli.app))), ids=lambda path: " ".join(path) or "hafs")
+def test_every_command_has_help(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli.app, [*path, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("error", all_errors(), ids=lambda error: error.__name__)
+def test_every_error_becomes_its_exit_code(
+    error: type[HafsError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error("what and where", hint="what to do")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == error.exit_code
+    assert capsys.readouterr().err == "error: what and where\n  what to do\n"
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'paramiko'", name="paramiko")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 5
+    assert 'pip install "hafs[laptop]"' in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['hafs', '--help']\n"
+        "from campaigns.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'google.genai', 'ollama', 'httpx', 'aiohttp', 'paramiko', 'trainer_node'}\n"
+        "heavy &= set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "campaigns.cli.main", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stop)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+
+
+def test_mistakes_of_a_person_each_have_a_place_and_a_way_out(tmp_path: Path) -> None:
+    good = Path("config/presets/demo-campaign.toml").read_text()
+    misspelt = tmp_path / "misspelt.toml"
+    misspelt.write_text(good.replace("target ", "traget "))
+    answer = run("campaign", "start", str(misspelt))
+    assert answer.returncode == 3
+    assert 'misspelt.toml:3: unknown key "traget"' in answer.stderr
+    assert 'did you mean "target"?' in answer.stderr
+
+    sourceless = tmp_path / "sourceless.toml"
+    sourceless.write_text(good + '\n[sources]\nasm = ["~/no/such/folder/**/*.asm"]\n')
+    answer = run("campaign", "start", str(sourceless))
+    assert answer.returncode == 4
+    assert "sourceless.toml:19: sources.asm: nothing matches" in answer.stderr
+
+    answer = run("campaign", "status", "nothing")
+    assert answer.returncode == 3
+    assert 'no campaign "nothing"' in answer.stderr
+    assert run("campaign", "start").returncode == 2

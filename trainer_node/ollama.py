@@ -1,0 +1,241 @@
+"""The node's client of Ollama's API: the real server and the embedded runtime alike.
+
+The server believes what create is told, so what is sent is checked here first: a GGUF is what it is given as, parameters are
+known and of their type. A stream counts only with its final `success`. Every lower error is translated here, once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_exponential
+
+from config.errors import BadRequest, ProviderUnavailable
+from trainer_node.runtime.gguf_file import GgufFile, NotGguf, read_gguf
+from trainer_node.runtime.models import ApiError, ModelName
+from trainer_node.runtime.options import DEFAULTS, merged_options
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 600.0  # without a byte: a cold model of many gigabytes is loaded in it
+UNLOAD_TIMEOUT_S = 120.0
+CHUNK_BYTES = 2**20
+OWN_MISTAKES = ("option ", "invalid format")  # 500s of Ollama that no retry mends
+
+
+class OllamaApi:
+    """One server. Every method raises ProviderUnavailable (not reachable, 5xx) or BadRequest (refused: never worth a retry)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> "OllamaApi":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def version(self) -> str:
+        return str(self._json("GET", "/api/version")["version"])
+
+    def tags(self) -> dict[str, str]:
+        """Digest of the manifest by full name (`model:tag`)."""
+        return {str(model["name"]): str(model["digest"]) for model in self._json("GET", "/api/tags")["models"]}
+
+    def show(self, model: str) -> dict[str, Any]:
+        return self._json("POST", "/api/show", {"model": model})
+
+    def has_blob(self, digest: str) -> bool:
+        with self._translated("HEAD", "/api/blobs"):
+            answer = self._http.head(f"/api/blobs/{digest}")
+            if answer.status_code == 404:
+                return False
+            _require_ok(answer)
+            return True
+
+    def put_blob(self, path: Path, on_progress: Callable[[int, int], None] = lambda sent, total: None) -> str:
+        """Upload a file unless the server has it; its digest.
+
+        Args:
+            on_progress: told bytes sent and bytes in all, after each chunk.
+        """
+        digest, total = _digest(path), path.stat().st_size
+        if self.has_blob(digest):  # a server that has it answers at once and hangs up on a client that is still sending
+            return digest
+
+        def chunks() -> Iterator[bytes]:
+            sent = 0
+            for chunk in _read(path):
+                yield chunk
+                sent += len(chunk)
+                on_progress(sent, total)
+
+        with self._translated("POST", "/api/blobs"):
+            headers = {"Content-Length": str(total), "Content-Type": "application/octet-stream"}
+            _require_ok(self._http.post(f"/api/blobs/{digest}", content=chunks(), headers=headers))
+        return digest
+
+    def create(
+        self,
+        model: str,
+        *,
+        files: dict[str, Path],
+        adapters: dict[str, Path] | None = None,
+        system: str | None = None,
+        template: str | None = None,
+        parameters: dict[str, Any] | None = None,
+        on_status: Callable[[str], None] = lambda status: None,
+    ) -> None:
+        """Make a model of GGUF files: checked, uploaded where they are missing, created, the final `success` seen."""
+        check_files(files.values(), (adapters or {}).values())
+        check_parameters(parameters or {})
+        body: dict[str, Any] = {"model": model, "files": {name: self.put_blob(path) for name, path in files.items()}}
+        if adapters:
+            body["adapters"] = {name: self.put_blob(path) for name, path in adapters.items()}
+        optional = {"system": system, "template": template, "parameters": parameters}
+        body |= {name: value for name, value in optional.items() if value}
+        last = ""
+        with self._translated("POST", "/api/create"), self._http.stream("POST", "/api/create", json=body) as answer:
+            _require_ok(answer)
+            for line in answer.iter_lines():
+                told = json.loads(line)
+                if "error" in told:
+                    raise BadRequest(f"{self.url} refused to create {model}: {told['error']}")
+                last = str(told.get("status", ""))
+                on_status(last)
+        if last != "success":
+            raise ProviderUnavailable(
+                f"{self.url} stopped creating {model} after {last!r}", hint="look into the server's log; try again"
+            )
+
+    def copy(self, source: str, destination: str) -> None:
+        self._json("POST", "/api/copy", {"source": source, "destination": destination})
+
+    def delete(self, model: str) -> None:
+        self._json("DELETE", "/api/delete", {"model": model})
+
+    def chat(self, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
+        """One whole answer, as the server gave it. The caller looks at `done_reason`: only `stop` is a finished answer."""
+        return self._json("POST", "/api/chat", {"model": model, "messages": messages, "options": options, "stream": False})
+
+    def tokenize(self, model: str, text: str) -> list[int] | None:
+        """Token ids of a prompt, special tokens parsed; None where the server has no such route (a real Ollama)."""
+        with self._translated("POST", "/api/tokenize"):
+            answer = self._http.post("/api/tokenize", json={"model": model, "prompt": text})
+            if answer.status_code == 405 or (answer.status_code == 404 and "json" not in answer.headers.get("Content-Type", "")):
+                return None
+            _require_ok(answer)
+            return list(answer.json()["tokens"])
+
+    def unload(self, model: str) -> None:
+        """Free the model's memory; returns once the server lists it no more. Running answers are waited for."""
+        name = str(ModelName.parse(model))
+        self._json("POST", "/api/generate", {"model": model, "keep_alive": 0})
+        wait = Retrying(
+            retry=retry_if_result(bool), wait=wait_exponential(0.05, max=1.0), stop=stop_after_delay(UNLOAD_TIMEOUT_S)
+        )
+        try:
+            wait(lambda: name in [entry["name"] for entry in self._json("GET", "/api/ps")["models"]])
+        except RetryError as error:
+            raise ProviderUnavailable(
+                f"{self.url} still holds {model} after {UNLOAD_TIMEOUT_S:.0f} s",
+                hint="something else uses it: end that, then try again",
+            ) from error
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        with self._translated(method, path):
+            answer = self._http.request(method, path, json=body)
+            _require_ok(answer)
+            return dict(answer.json()) if answer.content else {}
+
+    @contextmanager
+    def _translated(self, method: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise ProviderUnavailable(
+                f"{method} {self.url}{path}: {error or type(error).__name__}",
+                hint="is the model server running? see hafs-node doctor",
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProviderUnavailable(f"{method} {self.url}{path}: not an answer of Ollama ({error})") from error
+
+
+def register_gguf(api: OllamaApi, name: str, path: Path) -> None:
+    """Make `name` from a GGUF file, unless the server has a model of that name."""
+    wanted = str(ModelName.parse(name)).casefold()
+    if wanted not in {tag.casefold() for tag in api.tags()}:
+        api.create(name, files={path.name: path})
+
+
+def check_files(files: Iterable[Path], adapters: Iterable[Path]) -> None:
+    """Models are models, adapters are adapters, and all are of one architecture. Raises BadRequest."""
+    models = [(path, _header(path)) for path in files]
+    loras = [(path, _header(path)) for path in adapters]
+    for path, header in models:
+        if header.is_adapter:
+            raise BadRequest(f"{path} is an adapter, not a model", hint="give it as an adapter, on the base it was trained on")
+        if not header.tensors or not header.length("block_count"):
+            raise BadRequest(f"{path} is no whole language model: no layers", hint="export it again")
+    for path, header in loras:
+        if not header.is_adapter or header.metadata.get("adapter.type") != "lora":
+            raise BadRequest(f"{path} is no LoRA adapter", hint="convert the adapter to GGUF first; give a whole model as a file")
+        for base, other in models:
+            if header.architecture != other.architecture:
+                raise BadRequest(
+                    f"{path} is for {header.architecture}, but {base} is {other.architecture}", hint="use the adapter's own base"
+                )
+
+
+def check_parameters(parameters: dict[str, Any]) -> None:
+    """Names and types: the server stores anything, and every later answer is a 500. Raises BadRequest."""
+    unknown = sorted(set(parameters) - set(DEFAULTS))
+    if unknown:
+        raise BadRequest(f"unknown model parameters: {', '.join(unknown)}", hint=f"known: {', '.join(sorted(DEFAULTS))}")
+    try:
+        merged_options(parameters)
+    except ApiError as error:
+        raise BadRequest(str(error), hint="correct the parameter's value") from error
+
+
+def _header(path: Path) -> GgufFile:
+    try:
+        return read_gguf(path)
+    except (NotGguf, OSError) as error:
+        raise BadRequest(f"{path}: {error}", hint="the file is not whole: export or download it again") from error
+
+
+def _require_ok(answer: httpx.Response) -> None:
+    """Raises BadRequest or ProviderUnavailable with the server's own text."""
+    if answer.is_success:
+        return
+    answer.read()
+    try:
+        text = str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        text = answer.text.strip()
+    what = f"{answer.request.method} {answer.request.url}: {answer.status_code} {text}"
+    if answer.status_code in (500, 502, 503, 504) and not text.startswith(OWN_MISTAKES):
+        raise ProviderUnavailable(what, hint="look into the server's log; try again")
+    raise BadRequest(what)
+
+
+def _digest(path: Path) -> str:
+    seen = hashlib.sha256()
+    for chunk in _read(path):
+        seen.update(chunk)
+    return f"sha256:{seen.hexdigest()}"
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

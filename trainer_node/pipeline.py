@@ -1,0 +1,291 @@
+"""Pipeline: the child process of a job. dataset -> train -> evaluate -> export -> register.
+
+    python -P -m trainer_node.pipeline --job <root>/jobs/<id> --attempt N
+
+Each stage leaves one file or folder, whole or not at all, and is skipped where it is there: a retry goes on where the last
+attempt stopped, and a failed registration never costs a training run. Exit codes: 0 with result.json; 75 after the stop
+file; anything else with attempts/N/error.json. It writes into its job's folder, the registry and models/, nothing else.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from config.contracts.job import JobError, JobState
+from config.contracts.sample import Message
+from config.errors import HafsError, JobCancelled, JobFailed
+from config.files import write_atomic
+from trainer_node import dataset, registry
+from trainer_node.jobdir import JobDir, Stage
+
+STOPPED = 75  # exit code after the stop file
+ENVIRONMENT = {
+    # Base and data are files of this node: nothing of a job is looked up elsewhere.
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    # The log is read by a person while it grows: no progress bars, no chatter of the libraries.
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # Threads of OpenMP sleep while they wait. Spinning, a step took 25 s instead of 2 s beside other work on the same cores.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+QUIET = ("accelerate", "gguf", "httpx", "httpcore")
+
+log = logging.getLogger("hafs")
+
+
+class Work:
+    """What the stages share; each part is made when it is first needed, so a retry loads only what is left to do."""
+
+    def __init__(self, job_dir: JobDir) -> None:
+        self.dir, self.root = job_dir, job_dir.root
+        self.job = job_dir.job()
+        self.spec = self.job.spec
+        self.evaluation_file = job_dir.path / "evaluation.json"
+
+    @cached_property
+    def base(self) -> Any:
+        from trainer_node.base_model import resolve_gguf
+        from trainer_node.train.base import read_base
+
+        return read_base(resolve_gguf(self.spec.base))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from trainer_node.train.base import load_tokenizer
+
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def special(self) -> list[str]:
+        from trainer_node.train.base import special_tokens
+
+        return special_tokens(self.tokenizer)
+
+    @cached_property
+    def data(self) -> dataset.Prepared:
+        from trainer_node.train.encode import encode
+
+        manifest = dataset.read_manifest(self.root, self.job.dataset_id)
+        wanted = "pairs" if self.spec.kind == "dpo" else "samples"
+        if manifest.kind != wanted:
+            raise JobFailed(
+                f"a {self.spec.kind} job trains on {wanted}, {manifest.name} holds {manifest.kind}", hint="name other data"
+            )
+        rows = dataset.read_rows(self.root, manifest)
+        return dataset.prepare(rows, self.spec, self.special, lambda row: encode(self.tokenizer, row))
+
+    @cached_property
+    def start(self) -> registry.ModelRecord | None:
+        """The model a dpo job goes on from. Raises JobFailed if it was trained on another base."""
+        if not self.spec.start:
+            return None
+        record = registry.resolve(self.root, self.spec.start)
+        if record.base_sha256 != self.base.sha256:
+            raise JobFailed(
+                f"{record.tag} was trained on {record.base}, which is not the file that base = {self.spec.base!r} is now",
+                hint="use the base of the model that the job starts from",
+            )
+        return record
+
+    @cached_property
+    def device(self) -> Any:
+        from trainer_node.train.device import probe
+
+        longest = max(row.longest for row in self.data.train)
+        return probe(self.spec.train.batch * longest, self.base.hidden, self.base.feed_forward, self.spec.train.dtype)
+
+    def connect(self) -> Any:
+        """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends."""
+        from trainer_node.ollama import OllamaApi
+        from trainer_node.runtime.launch import ensure_runtime
+
+        runtime = ensure_runtime(self.root)
+        log.info("runtime: %s (%s %s)", runtime.url, "embedded" if runtime.embedded else "Ollama", runtime.version)
+        return OllamaApi(runtime.url)
+
+    def model(self) -> Any:
+        """A fresh copy of the base's weights, ready for an adapter."""
+        from trainer_node.train.base import load_model
+
+        longest = max(row.longest for row in self.data.train + self.data.held_out)
+        return load_model(self.base, self.device.dtype, self.device.kind, longest)
+
+    def start_adapter(self) -> Path:
+        assert self.start is not None
+        return self.root / self.start.folder / "adapter"
+
+
+def prepare(work: Work) -> None:
+    """Read and check everything, tell the plan, and make sure that training and serving agree on tokens."""
+    import json
+
+    from trainer_node.ollama import register_gguf
+    from trainer_node.train.agreement import require_agreement
+    from trainer_node.train.plan import make_plan, plan_lines, require_room
+
+    rank = work.spec.lora.rank
+    if work.start is not None:
+        rank = int(json.loads((work.start_adapter() / "adapter_config.json").read_bytes())["r"])
+        log.info("goes on from %s: its adapter has rank %d", work.start.tag, rank)
+    registers = f"{work.spec.name}:v<next>, and {work.spec.name}:latest if that is hafs's"
+    plan = make_plan(work.spec, work.base, work.data, rank, work.device, work.root, registers)
+    write_atomic(work.dir.path / "plan.json", plan.model_dump_json(indent=1).encode())
+    for line in plan_lines(plan):
+        log.info(line)
+    require_room(plan)
+    api = work.connect()
+    register_gguf(api, work.base.tag, work.base.path)
+    log.info(require_agreement(api, work.base.tag, work.data.train))
+    api.unload(work.base.tag)
+
+
+def train(work: Work) -> None:
+    from trainer_node.train.dpo import train_dpo
+    from trainer_node.train.sft import train_sft
+
+    base = work.model()
+    rows, spec = work.data.train, work.spec
+    if work.start is None:
+        stats = train_sft(base, work.tokenizer, rows, spec, work.dir, work.device)
+    else:
+        stats = train_dpo(base, work.start_adapter(), work.tokenizer, rows, spec, work.dir, work.device)
+    log.info("trained %d steps in %.0f s, loss %.3f -> %.3f", stats.steps, stats.train_s, stats.first_loss, stats.last_loss)
+
+
+def evaluate(work: Work) -> None:
+    from peft import PeftModel
+
+    from trainer_node.evaluate import REFERENCE
+    from trainer_node.evaluate import evaluate as score
+
+    model = PeftModel.from_pretrained(work.model(), work.dir.adapter)
+    if work.start is not None:
+        model.load_adapter(work.start_adapter(), REFERENCE)
+    beta = work.spec.dpo.beta if work.start is not None else None
+    found = score(model, work.data.held_out, work.tokenizer.pad_token_id, work.spec.train.batch, beta)
+    write_atomic(work.evaluation_file, found.model_dump_json(indent=1).encode())
+    log.info("held out: perplexity %.2f (base) -> %.2f (tuned)", found.perplexity.base, found.perplexity.tuned)
+    if found.pairs is not None:
+        log.info(
+            "held-out pairs: reward accuracy %.2f, chosen likelier %.2f -> %.2f",
+            found.pairs.reward_accuracy,
+            found.pairs.chosen_likelier_reference,
+            found.pairs.chosen_likelier,
+        )
+
+
+def export(work: Work) -> None:
+    from trainer_node.export.adapter import export_adapter
+
+    export_adapter(work.dir.adapter, work.base, work.dir.adapter_gguf)
+    log.info("adapter.gguf: %.1f MB", work.dir.adapter_gguf.stat().st_size / 2**20)
+
+
+def register(work: Work) -> None:
+    import hashlib
+
+    from trainer_node.evaluate import Evaluation
+    from trainer_node.export import register as registering
+    from trainer_node.train.encode import render_prompt, token_ids
+    from trainer_node.train.loop import TrainingStats
+
+    found = Evaluation.model_validate_json(work.evaluation_file.read_bytes())
+    stats = TrainingStats.model_validate_json((work.dir.path / "training_stats.json").read_bytes())
+    draft = registry.ModelRecord(
+        name=work.spec.name,
+        version=0,
+        kind=work.spec.kind,
+        job=work.dir.id,
+        base=work.spec.base,
+        base_sha256=work.base.sha256,
+        dataset_id=work.job.dataset_id,
+        adapter_sha256=hashlib.sha256(work.dir.adapter_gguf.read_bytes()).hexdigest(),
+        start=work.start.tag if work.start else "",
+        perplexity=found.perplexity,
+        pairs=found.pairs,
+    )
+    asked = dataset.Row("", (Message(role="user", content=work.spec.probe),), ())
+    messages = dataset.with_system(asked, work.spec.system, 0).messages
+    prompt_tokens = len(token_ids(work.tokenizer, render_prompt(work.tokenizer, messages)))
+    probe = registering.Probe([message.model_dump() for message in messages], prompt_tokens, work.special)
+    api = work.connect()
+    record = registering.register(api, draft, work.base, work.spec, work.dir, probe)
+    record, note = registering.move_alias(api, work.root, record)
+    work.dir.write_result(registering.result_of(record, note, api.url, stats.train_s, stats.steps))
+
+
+def trained(work: Work) -> bool:
+    from trainer_node.train.checkpoints import is_complete
+
+    return is_complete(work.dir.adapter)
+
+
+STAGES: tuple[tuple[JobState, Callable[[Work], bool], Callable[[Work], None]], ...] = (
+    (JobState.PREPARING, trained, prepare),
+    (JobState.RUNNING, trained, train),
+    (JobState.EVALUATING, lambda work: work.evaluation_file.exists(), evaluate),
+    (JobState.EXPORTING, lambda work: work.dir.adapter_gguf.exists(), export),
+    (JobState.REGISTERING, lambda work: work.dir.result_file.exists(), register),
+)
+
+
+def run(job_dir: JobDir, attempt: int) -> None:
+    """Do what is left of the job.
+
+    Raises:
+        JobCancelled: the stop file was seen, between two stages or during training.
+        HafsError: any failure, in the words of the stage that met it.
+    """
+    work = Work(job_dir)
+    for state, done, stage in STAGES:
+        if job_dir.stop_file.exists():
+            raise JobCancelled(f"stopped before {state}")
+        skipped = "done in an earlier attempt" if done(work) else ""
+        log.info("%s %s", state, skipped)
+        job_dir.write_stage(attempt, Stage(state=state, detail=skipped))
+        if not skipped:
+            stage(work)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="trainer_node.pipeline")
+    parser.add_argument("--job", type=Path, required=True, help="the job's folder")
+    parser.add_argument("--attempt", type=int, required=True)
+    options = parser.parse_args(argv)
+    os.environ.update(ENVIRONMENT)
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another: nothing a person could do
+    job_dir = JobDir(options.job.resolve())
+    try:
+        run(job_dir, options.attempt)
+    except JobCancelled as stopped:
+        log.info("%s", stopped)
+        return STOPPED
+    except HafsError as error:
+        _fail(job_dir, options.attempt, JobError(code=type(error).__name__, message=str(error), hint=error.hint))
+        return error.exit_code
+    except Exception as error:  # the last boundary: what no stage foresaw still ends as an error a person can read
+        log.exception("unexpected")
+        hint = "the log of the attempt has the whole traceback; the next attempt goes on where this one stopped"
+        message = f"{type(error).__name__}: {error}"
+        _fail(job_dir, options.attempt, JobError(code=JobFailed.__name__, message=message, hint=hint))
+        return JobFailed.exit_code
+    return 0
+
+
+def _fail(job_dir: JobDir, attempt: int, error: JobError) -> None:
+    log.error("%s: %s\n%s", error.code, error.message, error.hint)
+    write_atomic(job_dir.attempt(attempt) / "error.json", error.model_dump_json(indent=1).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

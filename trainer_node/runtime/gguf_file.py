@@ -1,0 +1,143 @@
+"""The header of a GGUF file: metadata and the list of tensors, never their data.
+
+Every length and offset is checked against the size of the file before it is used. Arrays (vocabularies, merges) are stepped over:
+`gguf.GGUFReader` reads them into objects, which takes seconds for a real vocabulary.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+# GGUF's value types as struct formats
+SCALARS = dict(zip(range(13), ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d"), strict=True))
+STRING, ARRAY = 8, 9
+
+
+class NotGguf(ValueError):
+    """The file is no GGUF, or not whole. The message says which in the words of Ollama."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    type: str  # F32, Q4_1, …
+    end: int  # bytes, from the start of the file
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """`metadata` holds None for every array."""
+
+    metadata: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", "unknown"))
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.metadata.get("general.type") == "adapter"
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def file_type(self) -> str:
+        """The quantization as people call it: F16, Q8_0, Q4_K_M."""
+        try:
+            name = str(LlamaFileType(int(self.metadata.get("general.file_type", -1))).name)
+        except ValueError:
+            return "unknown"
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+    def length(self, key: str) -> int:
+        """`<architecture>.<key>`, such as context_length; 0 if absent."""
+        return int(self.metadata.get(f"{self.architecture}.{key}") or 0)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Raises NotGguf for junk and for a file whose tensors reach beyond its end; OSError if it cannot be opened."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise NotGguf("supplied file was not in GGUF format")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _read(_Cursor(data))
+            except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+                if isinstance(error, NotGguf):
+                    raise
+                raise NotGguf(f"unexpected end or broken header of the GGUF file: {error}") from error
+
+
+class _Cursor:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 4
+
+    def number(self, layout: str) -> Any:
+        (value,) = struct.unpack_from(f"<{layout}", self.data, self.at)
+        self.at += struct.calcsize(f"<{layout}")
+        return value
+
+    def string(self) -> str:
+        length = self.number("Q")
+        start, self.at = self.at, self.at + length
+        if self.at > len(self.data):
+            raise NotGguf("unexpected EOF")
+        return self.data[start : self.at].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.number(SCALARS[kind])
+        self.skip_array()
+        return None
+
+    def skip_array(self) -> None:
+        kind, count = self.number("I"), self.number("Q")
+        if kind not in (STRING, ARRAY):
+            self.at += count * struct.calcsize(SCALARS[kind])
+            return
+        for _ in range(count):
+            if kind == STRING:
+                self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
+            else:
+                self.skip_array()
+
+
+def _read(cursor: _Cursor) -> GgufFile:
+    version, tensor_count, key_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in (2, 3):
+        raise NotGguf(f"unsupported GGUF version {version}")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.number("I"))
+    headers = [_tensor_header(cursor) for _ in range(tensor_count)]
+    alignment = int(metadata.get("general.alignment", 32))
+    start = -(-cursor.at // alignment) * alignment
+    tensors = tuple(_tensor(start, len(cursor.data), *header) for header in headers)
+    return GgufFile(metadata, tensors)
+
+
+def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, dimensions = cursor.string(), cursor.number("I")
+    shape = tuple(cursor.number("Q") for _ in range(dimensions))
+    return name, shape, cursor.number("I"), cursor.number("Q")
+
+
+def _tensor(start: int, file_size: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+    quantization = GGMLQuantizationType(kind)
+    block, block_bytes = GGML_QUANT_SIZES[quantization]
+    end = start + offset + prod(shape) // block * block_bytes
+    if end > file_size:
+        raise NotGguf(f'tensor "{name}" offset+size ({end}) exceeds file size ({file_size})')
+    return Tensor(name, shape, quantization.name, end)

@@ -1,0 +1,168 @@
+"""Which models are loaded, and who may use them.
+
+There is one engine per weights file: another adapter or context on the same weights replaces it, as in Ollama.
+An engine is only replaced, evicted or expired while nobody uses it. Requests are admitted first come, first served; one that
+would wait behind `max_queue` others is refused at once.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from trainer_node.runtime.engine import Engine, EngineSpec
+from trainer_node.runtime.models import ApiError, Model
+from trainer_node.runtime.options import FOREVER_S
+
+FOREVER = timedelta(days=365 * 292)  # the longest duration of Go: what Ollama reports for "never"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Read from the variables of Ollama that have the same meaning."""
+
+    parallel: int = 4
+    max_queue: int = 512
+    max_loaded: int = 2
+
+    @classmethod
+    def from_environment(cls) -> "Limits":
+        def number(name: str, default: int) -> int:
+            text = os.environ.get(name, "")
+            return int(text) if text.isdecimal() and int(text) else default
+
+        return cls(
+            number("OLLAMA_NUM_PARALLEL", cls.parallel),
+            number("OLLAMA_MAX_QUEUE", cls.max_queue),
+            number("OLLAMA_MAX_LOADED_MODELS", cls.max_loaded),
+        )
+
+
+@dataclass(eq=False)
+class Loaded:
+    """An engine and its users. `engine` is a task: all who want it wait for the same load."""
+
+    model: Model
+    spec: EngineSpec
+    engine: asyncio.Task[Engine]
+    slots: asyncio.Semaphore
+    users: int = 0
+    unwanted: bool = False  # an unload was asked for while it was in use
+    closing: asyncio.Task[None] | None = None
+    expires: datetime = field(default_factory=lambda: datetime.now(UTC))
+    timer: asyncio.TimerHandle | None = None
+
+
+class Pool:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._loaded: dict[str, Loaded] = {}  # by weights; the least recently used first
+        self._door = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._waiting = 0
+
+    def loaded(self) -> list[Loaded]:
+        """What is loaded or still in use, the last used first."""
+        return [entry for entry in reversed(self._loaded.values()) if entry.engine.done() and not _failed(entry)]
+
+    @asynccontextmanager
+    async def use(self, model: Model, spec: EngineSpec, keep_alive_s: float) -> AsyncIterator[Engine]:
+        """Hold one slot of the model's engine, loaded if need be.
+
+        Raises:
+            ApiError: 503, too many wait already; 500, the model cannot be loaded.
+        """
+        if self._waiting >= self.limits.max_queue:
+            raise ApiError(503, "server busy, please try again.  maximum pending requests exceeded")
+        self._waiting += 1
+        entry: Loaded | None = None
+        admitted = False
+        try:
+            async with self._door:
+                entry = await self._reserve(model, spec)
+            await entry.slots.acquire()
+            admitted = True
+            self._waiting -= 1
+            yield await asyncio.shield(entry.engine)
+        finally:
+            if not admitted:
+                self._waiting -= 1
+            if entry:
+                self._leave(entry, keep_alive_s, slot=admitted)
+
+    async def unload(self, model: Model) -> None:
+        """Free the model now, or as soon as nobody uses it; waits only where it is idle."""
+        entry = self._loaded.get(str(model.weights))
+        if entry is None:
+            return
+        entry.unwanted = True
+        if not entry.users:
+            await asyncio.shield(self._close(entry))
+
+    async def close(self) -> None:
+        closing = [self._close(entry) for entry in self._loaded.values()]
+        if closing:
+            await asyncio.wait(closing)
+
+    async def _reserve(self, model: Model, spec: EngineSpec) -> Loaded:
+        """The entry for `spec`, made if there is none; waits until what is in its way is unused."""
+        while True:
+            entry = self._loaded.get(spec.weights)
+            if entry and entry.spec == spec and not entry.closing and not _failed(entry):
+                break
+            if not entry and len(self._loaded) < self.limits.max_loaded:
+                entry = Loaded(model, spec, asyncio.create_task(Engine.start(spec)), asyncio.Semaphore(spec.parallel))
+                break
+            idle = [other for other in self._loaded.values() if not other.users and entry in (None, other)]
+            if idle:
+                await asyncio.shield(self._close(idle[0]))
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+        self._loaded.pop(spec.weights, None)
+        self._loaded[spec.weights] = entry
+        entry.model = model
+        entry.users += 1
+        entry.unwanted = False
+        if entry.timer:
+            entry.timer.cancel()
+        return entry
+
+    def _leave(self, entry: Loaded, keep_alive_s: float, *, slot: bool) -> None:
+        entry.users -= 1
+        if slot:
+            entry.slots.release()
+        entry.expires = datetime.now(UTC) + (FOREVER if keep_alive_s == FOREVER_S else timedelta(seconds=keep_alive_s))
+        if not entry.users and (entry.unwanted or keep_alive_s == 0.0 or _failed(entry)):
+            self._close(entry)
+        elif not entry.users and keep_alive_s != FOREVER_S:
+            entry.timer = asyncio.get_running_loop().call_later(keep_alive_s, self._expire, entry)
+        self._changed.set()
+
+    def _expire(self, entry: Loaded) -> None:
+        if not entry.users:
+            self._close(entry)
+
+    def _close(self, entry: Loaded) -> asyncio.Task[None]:
+        """Start to end an engine, once; in a task of its own, so that no hang-up leaves it half closed."""
+        if entry.timer:
+            entry.timer.cancel()
+        if entry.closing is None:
+            entry.closing = asyncio.create_task(self._stop(entry))
+        return entry.closing
+
+    async def _stop(self, entry: Loaded) -> None:
+        """The name leaves the list only once the memory is free."""
+        entry.engine.cancel()
+        (engine,) = await asyncio.gather(entry.engine, return_exceptions=True)
+        if isinstance(engine, Engine):
+            await engine.stop()
+        if self._loaded.get(entry.spec.weights) is entry:
+            del self._loaded[entry.spec.weights]
+        self._changed.set()
+
+
+def _failed(entry: Loaded) -> bool:
+    return entry.engine.done() and (entry.engine.cancelled() or entry.engine.exception() is not None)

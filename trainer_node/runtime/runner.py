@@ -1,0 +1,51 @@
+"""The child process of an engine: llama.cpp's server, loaded from one request on standard input.
+
+One JSON line in, one JSON line out, then it serves until standard input ends. It imports little: it is started for every load.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPT_CACHE_MIB = 1024  # prompts of earlier requests, kept in memory beside those in the slots
+
+
+def main() -> None:
+    """The child: one JSON line in, one JSON line out, then serve until standard input ends."""
+    request = json.loads(sys.stdin.readline())
+    try:
+        server = _load(request)
+    except Exception as error:  # whatever the library raises is the answer
+        answer = {"error": str(error) or "llama.cpp refused the file"}
+    else:
+        answer = {"url": server.listening_address}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    os._exit(0)  # the library's destructor waits for running generations
+
+
+def _load(request: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["weights"]
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in request["adapters"]]
+    params.n_parallel = request["parallel"]
+    params.n_ctx = request["num_ctx"] * request["parallel"]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    params.cache_ram_mib = PROMPT_CACHE_MIB
+    params.api_keys = [request["key"]]
+    params.ui = params.endpoint_slots = False
+    params.verbosity = 1  # errors
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    params.fit_params = any(device["type"] != cpu for device in xllamacpp.get_device_info())  # it reads the model twice
+    if not Path(request["weights"]).is_file():
+        raise FileNotFoundError(f"{request['weights']}: no such file")
+    return xllamacpp.Server(params)
+
+
+if __name__ == "__main__":
+    main()
