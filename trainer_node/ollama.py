@@ -32,7 +32,8 @@ class OllamaApi:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        no_idle = httpx.Limits(max_keepalive_connections=0)  # a server may end between two calls, hours apart
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=no_idle, trust_env=False)
 
     def close(self) -> None:
         self._http.close()

@@ -8,6 +8,8 @@ file; anything else with attempts/N/error.json. It writes into its job's folder,
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -15,14 +17,22 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config.contracts.job import JobError, JobState
 from config.contracts.sample import Message
 from config.errors import HafsError, JobCancelled, JobFailed
 from config.files import write_atomic
 from trainer_node import dataset, registry
+from trainer_node.base_model import resolve_gguf
 from trainer_node.jobdir import JobDir, Stage
+from trainer_node.ollama import OllamaApi, register_gguf
+from trainer_node.runtime.launch import ensure_runtime
+from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base, special_tokens
+from trainer_node.train.encode import encode, render_prompt, token_ids
+
+if TYPE_CHECKING:  # torch is loaded by the stages that need it
+    from trainer_node.train.device import Device
 
 STOPPED = 75  # exit code after the stop file
 ENVIRONMENT = {
@@ -50,28 +60,19 @@ class Work:
         self.evaluation_file = job_dir.path / "evaluation.json"
 
     @cached_property
-    def base(self) -> Any:
-        from trainer_node.base_model import resolve_gguf
-        from trainer_node.train.base import read_base
-
+    def base(self) -> BaseModel:
         return read_base(resolve_gguf(self.spec.base))
 
     @cached_property
     def tokenizer(self) -> Any:
-        from trainer_node.train.base import load_tokenizer
-
         return load_tokenizer(self.base)
 
     @cached_property
     def special(self) -> list[str]:
-        from trainer_node.train.base import special_tokens
-
         return special_tokens(self.tokenizer)
 
     @cached_property
     def data(self) -> dataset.Prepared:
-        from trainer_node.train.encode import encode
-
         manifest = dataset.read_manifest(self.root, self.job.dataset_id)
         wanted = "pairs" if self.spec.kind == "dpo" else "samples"
         if manifest.kind != wanted:
@@ -95,25 +96,20 @@ class Work:
         return record
 
     @cached_property
-    def device(self) -> Any:
+    def device(self) -> "Device":
         from trainer_node.train.device import probe
 
         longest = max(row.longest for row in self.data.train)
         return probe(self.spec.train.batch * longest, self.base.hidden, self.base.feed_forward, self.spec.train.dtype)
 
-    def connect(self) -> Any:
+    def connect(self) -> OllamaApi:
         """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends."""
-        from trainer_node.ollama import OllamaApi
-        from trainer_node.runtime.launch import ensure_runtime
-
         runtime = ensure_runtime(self.root)
         log.info("runtime: %s (%s %s)", runtime.url, "embedded" if runtime.embedded else "Ollama", runtime.version)
         return OllamaApi(runtime.url)
 
     def model(self) -> Any:
         """A fresh copy of the base's weights, ready for an adapter."""
-        from trainer_node.train.base import load_model
-
         longest = max(row.longest for row in self.data.train + self.data.held_out)
         return load_model(self.base, self.device.dtype, self.device.kind, longest)
 
@@ -124,9 +120,6 @@ class Work:
 
 def prepare(work: Work) -> None:
     """Read and check everything, tell the plan, and make sure that training and serving agree on tokens."""
-    import json
-
-    from trainer_node.ollama import register_gguf
     from trainer_node.train.agreement import require_agreement
     from trainer_node.train.plan import make_plan, plan_lines, require_room
 
@@ -140,10 +133,10 @@ def prepare(work: Work) -> None:
     for line in plan_lines(plan):
         log.info(line)
     require_room(plan)
-    api = work.connect()
-    register_gguf(api, work.base.tag, work.base.path)
-    log.info(require_agreement(api, work.base.tag, work.data.train))
-    api.unload(work.base.tag)
+    with work.connect() as api:
+        register_gguf(api, work.base.tag, work.base.path)
+        log.info(require_agreement(api, work.base.tag, work.data.train))
+        api.unload(work.base.tag)
 
 
 def train(work: Work) -> None:
@@ -189,11 +182,8 @@ def export(work: Work) -> None:
 
 
 def register(work: Work) -> None:
-    import hashlib
-
     from trainer_node.evaluate import Evaluation
     from trainer_node.export import register as registering
-    from trainer_node.train.encode import render_prompt, token_ids
     from trainer_node.train.loop import TrainingStats
 
     found = Evaluation.model_validate_json(work.evaluation_file.read_bytes())
@@ -215,9 +205,9 @@ def register(work: Work) -> None:
     messages = dataset.with_system(asked, work.spec.system, 0).messages
     prompt_tokens = len(token_ids(work.tokenizer, render_prompt(work.tokenizer, messages)))
     probe = registering.Probe([message.model_dump() for message in messages], prompt_tokens, work.special)
-    api = work.connect()
-    record = registering.register(api, draft, work.base, work.spec, work.dir, probe)
-    record, note = registering.move_alias(api, work.root, record)
+    with work.connect() as api:
+        record = registering.register(api, draft, work.base, work.spec, work.dir, probe)
+        record, note = registering.move_alias(api, work.root, record)
     work.dir.write_result(registering.result_of(record, note, api.url, stats.train_s, stats.steps))
 
 

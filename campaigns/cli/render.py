@@ -24,6 +24,9 @@ from config.errors import INTERRUPTED, BudgetExceeded
 from config.settings import Settings
 
 console = Console(highlight=False, soft_wrap=True)
+PIPED_COLUMNS = 200  # a table that goes to a file or a pipe is not cut to the 80 columns of a terminal that is not there
+if not console.is_terminal:
+    console.width = PIPED_COLUMNS
 
 
 def line(text: str = "") -> None:

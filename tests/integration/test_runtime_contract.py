@@ -1,7 +1,7 @@
 """The embedded runtime against exchanges recorded from a real Ollama server, with the same model files.
 
-Compared at every step: status, content type, framing, keys and their types, error texts, roles, done_reason, counts. Words and times
-differ from build to build. What is different on purpose stands in DIFFERENT, with its reason.
+Compared at every step: status, content type, framing, keys and their types, error texts, roles, done_reason, counts. Words and
+times differ from build to build. What is different on purpose stands in DIFFERENT, with its reason.
 """
 
 import difflib
@@ -13,15 +13,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import gguf
-import httpx
 import psutil
 import pytest
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -34,7 +31,10 @@ pytestmark = pytest.mark.integration
 
 RECORDED = Path(__file__).parents[1] / "data" / "ollama"
 SCENARIOS = ("server", "blobs", "create", "manage", "generate", "chat", "embed", "broken", "template")
-LAUNCHER = "import sys, pathlib; from trainer_node.runtime.server import serve; serve(pathlib.Path(sys.argv[1]), 0, *map(float, sys.argv[2:]))"
+LAUNCHER = """\
+import sys, pathlib
+from trainer_node.runtime.server import serve
+serve(pathlib.Path(sys.argv[1]), 0, *map(float, sys.argv[2:]))"""
 EXACT = {
     "error",
     "role",
@@ -62,9 +62,11 @@ GREEDY = {"temperature": 0, "seed": 1, "num_predict": 24}
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 # The real server writes each GGUF anew before it stores it: the digests of its layers, and ours, which are those of the upload.
+SHA_BASE = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SHA_JINJA = "09287be3a1a25f98376c938dc2eeaf3924993c6d065ce8aa62692507744a03e8"
 REWRITTEN = {
-    "941f309b54caaad6747569ba43712bcde44a2be3bae16c3282ff499c37c54af5": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    "162b46758bea89032c1a5e1ee5486851fe4748852baaf619bc05cd30684574f2": "09287be3a1a25f98376c938dc2eeaf3924993c6d065ce8aa62692507744a03e8",
+    "941f309b54caaad6747569ba43712bcde44a2be3bae16c3282ff499c37c54af5": SHA_BASE,
+    "162b46758bea89032c1a5e1ee5486851fe4748852baaf619bc05cd30684574f2": SHA_JINJA,
 }
 
 # (scenario, step): reason, and what changes the recorded response into the expected one.

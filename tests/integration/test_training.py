@@ -49,8 +49,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def api(root: Path) -> OllamaApi:
-    return OllamaApi(ensure_runtime(root).url)
+def api(root: Path) -> Iterator[OllamaApi]:
+    with OllamaApi(ensure_runtime(root).url) as client:
+        yield client
 
 
 def messages(number: int) -> list[Message]:

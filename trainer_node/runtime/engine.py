@@ -21,6 +21,8 @@ from trainer_node.runtime.models import ApiError
 
 LOAD_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 10.0
+LINE_BYTES = 2**20
+FIELDS = ["content", "stop", "stop_type", "tokens_predicted", "timings", "completion_probabilities"]  # not the prompt once more
 # How long OpenMP's threads spin at a barrier: its own default makes an engine ten times slower once anything else uses a core.
 SPIN_COUNT = "10000"
 
@@ -55,6 +57,7 @@ class Engine:
         self.spec = spec
         self._process = process
         self._session = session
+        self.gpu = False
         self._bos: list[int] = []
 
     @classmethod
@@ -68,7 +71,7 @@ class Engine:
             stdout=asyncio.subprocess.PIPE,
         )
         try:
-            url = await asyncio.wait_for(_greet(process, {**asdict(spec), "key": key}), LOAD_TIMEOUT_S)
+            greeting = await asyncio.wait_for(_greet(process, {**asdict(spec), "key": key}), LOAD_TIMEOUT_S)
         except TimeoutError as error:
             await _end(process)
             raise ApiError(500, "timed out waiting for the model to load") from error
@@ -76,14 +79,20 @@ class Engine:
             await _end(process)
             raise
         session = aiohttp.ClientSession(
-            url,
+            greeting["url"],
             connector=aiohttp.TCPConnector(limit=0, force_close=True),  # llama.cpp drops idle connections as we reuse them
             headers={"Authorization": f"Bearer {key}"},
             timeout=aiohttp.ClientTimeout(),
+            read_bufsize=LINE_BYTES,
         )
         engine = cls(spec, process, session)
+        engine.gpu = bool(greeting["gpu"])
         engine._bos = await engine._tokenize("")
         return engine
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
 
     async def stop(self) -> None:
         await self._session.close()
@@ -101,7 +110,7 @@ class Engine:
 
     async def complete(self, prompt: list[int], request: dict[str, Any]) -> AsyncGenerator[Piece]:
         """Generate from tokens. Closing the iterator stops the generation."""
-        body = {"prompt": prompt, "stream": True, "cache_prompt": True, **request}
+        body = {"prompt": prompt, "stream": True, "cache_prompt": True, "response_fields": FIELDS, **request}
         async with self._post("/completion", body) as response:
             async for line in response.content:
                 if line.startswith(b"data: "):
@@ -128,16 +137,16 @@ class Engine:
             raise ApiError(500, f"the model runner has unexpectedly stopped: {error}") from error
 
 
-async def _greet(process: asyncio.subprocess.Process, request: dict[str, Any]) -> str:
-    """Hand the child its request; its address once the model is loaded."""
+async def _greet(process: asyncio.subprocess.Process, request: dict[str, Any]) -> dict[str, Any]:
+    """Hand the child its request; its answer once the model is loaded: `url`, and `gpu` if it runs on one."""
     assert process.stdin and process.stdout
     process.stdin.write(json.dumps(request).encode() + b"\n")
     await process.stdin.drain()
     line = await process.stdout.readline()
-    answer = json.loads(line) if line else {"error": f"the model runner ended with code {await process.wait()}"}
+    answer: dict[str, Any] = json.loads(line) if line else {"error": f"the model runner ended with code {await process.wait()}"}
     if "error" in answer:
         raise ApiError(500, f"unable to load model: {answer['error']}")
-    return str(answer["url"])
+    return answer
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

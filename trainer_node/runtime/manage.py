@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from config.errors import HafsError, translate_os_errors
 from trainer_node.runtime.create import check, check_sources, create
 from trainer_node.runtime.gguf_file import GgufFile, read_gguf
 from trainer_node.runtime.models import ApiError, Model, ModelName, Store
@@ -25,6 +26,7 @@ class Manage:
     def __init__(self, store: Store, pool: Pool) -> None:
         self._store = store
         self._pool = pool
+        self._changing = asyncio.Lock()  # no blob is discarded that a model in the making is about to list
 
     async def tags(self, request: web.Request) -> web.Response:
         return json_reply({"models": [_tag(model) for model in self._store.models()]})
@@ -38,7 +40,7 @@ class Manage:
                 "digest": entry.model.digest,
                 "details": _details(entry.model) | {"parent_model": ""},
                 "expires_at": _time(entry.expires),
-                "size_vram": 0,
+                "size_vram": entry.model.size if entry.engine.result().gpu else 0,
                 "context_length": entry.spec.num_ctx,
             }
             for entry in self._pool.loaded()
@@ -60,11 +62,14 @@ class Manage:
         model = self._store.find(source)
         if model is None:
             raise ApiError(404, f'model "{source}" not found')
-        self._store.copy(model, name)
+        async with self._changing:
+            self._store.copy(model, name)
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
-        self._store.delete(self._find(await json_body(request)))
+        body = await json_body(request)
+        async with self._changing:
+            self._store.delete(self._find(body))
         return web.Response()
 
     async def create(self, request: web.Request) -> web.StreamResponse:
@@ -74,18 +79,17 @@ class Manage:
             check_sources(body)
         except ApiError as error:
             return json_reply({"error": str(error)}, error.status, "application/json")
-        with closing(create(self._store, name, body)) as steps:
-            if body.get("stream") is False:
-                await asyncio.to_thread(list, steps)
-                return json_reply({"status": "success"}, content_type="application/json")
-            response = await ndjson_reply(request)
-            try:
-                while (status := await asyncio.to_thread(next, steps, None)) is not None:
-                    await response.write(line({"status": status}))
-                await response.write(line({"status": "success"}))
-            except ApiError as error:
-                await response.write(line({"error": str(error)}))
-            return response
+        told = await asyncio.shield(asyncio.create_task(self._create(name, body)))  # a hang-up leaves no half-made model
+        if body.get("stream") is False:
+            return json_reply(told[-1], 400 if "error" in told[-1] else 200, "application/json")
+        response = await ndjson_reply(request)
+        for entry in told:
+            await response.write(line(entry))
+        return response
+
+    async def _create(self, name: ModelName, body: dict[str, Any]) -> list[dict[str, str]]:
+        async with self._changing:
+            return await asyncio.to_thread(_told, create(self._store, name, body))
 
     async def has_blob(self, request: web.Request) -> web.Response:
         digest = request.match_info["digest"]
@@ -102,7 +106,7 @@ class Manage:
             return web.Response()
         handle, temp = tempfile.mkstemp(prefix=".upload-", dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with translate_os_errors(path), os.fdopen(handle, "wb") as file:
                 seen = hashlib.sha256()
                 async for chunk in request.content.iter_chunked(2**20):
                     seen.update(chunk)
@@ -124,6 +128,16 @@ class Manage:
         if model is None:
             raise ApiError(404, f"model '{ModelName.parse(name) if full else name}' not found")
         return model
+
+
+def _told(steps: Iterator[str]) -> list[dict[str, str]]:
+    """The lines of a create: what happened, then success or the error."""
+    told: list[dict[str, str]] = []
+    try:
+        told += ({"status": status} for status in steps)
+    except (ApiError, HafsError) as error:
+        return [*told, {"error": str(error)}]
+    return [*told, {"status": "success"}]
 
 
 def _discard(temp: Path) -> None:

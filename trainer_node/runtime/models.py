@@ -3,7 +3,8 @@
     blobs/sha256-<hex>
     manifests/<host>/<namespace>/<model>/<tag>
 
-A name exists once its manifest is written, whole; a blob that no manifest lists is pruned at the next start.
+A name exists once its manifest is written, whole. A blob that no manifest lists is an upload whose create has not come yet: it is
+only pruned at the next start.
 """
 
 import hashlib
@@ -155,7 +156,7 @@ class Store:
 
     def models(self) -> list[Model]:
         """Every model, the last changed first."""
-        found = [self._read(path) for path in self.manifests.glob("*/*/*/*") if not path.name.startswith(".")]
+        found = [self._read(path) for path in self._manifest_files()]
         return sorted(found, key=lambda model: model.modified, reverse=True)
 
     def find(self, text: str) -> Model | None:
@@ -181,22 +182,34 @@ class Store:
         self._write_manifest(destination, self._manifest(source.name).read_bytes())
 
     def delete(self, model: Model) -> None:
-        self._manifest(model.name).unlink()
-        self.prune()
+        """Remove the name, and the blobs that only this model had."""
+        manifest = self._manifest(model.name)
+        owned = {entry["digest"] for entry in _entries(manifest)}
+        manifest.unlink()
+        self._discard(self.blob(digest) for digest in owned - self._used())
 
     def prune(self) -> None:
-        """Remove the blobs that no manifest lists."""
-        used = {entry["digest"] for path in self.manifests.glob("*/*/*/*") for entry in _entries(path)}
-        for path in self.blobs.iterdir():
-            if path.name.replace("-", ":", 1) not in used:
-                try:
-                    path.unlink()
-                except PermissionError:
-                    continue  # Windows keeps a file that a loaded model maps: it goes at the next start
+        """Remove every blob that no manifest lists, and what is left of broken uploads. Only while nothing is being made."""
+        used = {self.blob(digest) for digest in self._used()}
+        self._discard(path for path in self.blobs.iterdir() if path not in used)
+
+    def _used(self) -> set[str]:
+        return {str(entry["digest"]) for path in self._manifest_files() for entry in _entries(path)}
+
+    def _discard(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError:
+                continue  # Windows keeps a file that a loaded model maps: it goes at the next start
+
+    def _manifest_files(self) -> list[Path]:
+        """Without the temporary files of a manifest that is being written."""
+        return [path for path in self.manifests.glob("*/*/*/*") if not path.name.startswith(".")]
 
     def _named(self, name: ModelName) -> list[Path]:
         wanted = name.full.casefold()
-        return [path for path in self.manifests.glob("*/*/*/*") if _name_of(path).full.casefold() == wanted]
+        return [path for path in self._manifest_files() if _name_of(path).full.casefold() == wanted]
 
     def _manifest(self, name: ModelName) -> Path:
         return self.manifests / name.host / name.namespace / name.model / name.tag

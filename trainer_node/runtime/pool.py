@@ -165,4 +165,6 @@ class Pool:
 
 
 def _failed(entry: Loaded) -> bool:
-    return entry.engine.done() and (entry.engine.cancelled() or entry.engine.exception() is not None)
+    """Whether the engine could not be loaded, or has died since."""
+    task = entry.engine
+    return task.done() and (task.cancelled() or task.exception() is not None or not task.result().alive)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from config.errors import HafsError
 from trainer_node.runtime.models import ApiError
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -79,6 +80,8 @@ async def translate(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except ApiError as error:
         return json_reply({"error": str(error)}, error.status)
+    except HafsError as error:  # a full disk
+        return json_reply({"error": str(error)}, 500)
     except web.HTTPNotFound:
         return _plain(404, "404 page not found")
     except web.HTTPMethodNotAllowed as error:

@@ -15,12 +15,13 @@ PROMPT_CACHE_MIB = 1024  # prompts of earlier requests, kept in memory beside th
 def main() -> None:
     """The child: one JSON line in, one JSON line out, then serve until standard input ends."""
     request = json.loads(sys.stdin.readline())
+    answer: dict[str, Any]
     try:
         server = _load(request)
     except Exception as error:  # whatever the library raises is the answer
         answer = {"error": str(error) or "llama.cpp refused the file"}
     else:
-        answer = {"url": server.listening_address}
+        answer = {"url": server.listening_address, "gpu": _has_gpu()}
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -40,11 +41,17 @@ def _load(request: dict[str, Any]) -> Any:
     params.api_keys = [request["key"]]
     params.ui = params.endpoint_slots = False
     params.verbosity = 1  # errors
-    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
-    params.fit_params = any(device["type"] != cpu for device in xllamacpp.get_device_info())  # it reads the model twice
+    params.fit_params = _has_gpu()  # layers that do not fit stay on the CPU; it reads the model twice
     if not Path(request["weights"]).is_file():
         raise FileNotFoundError(f"{request['weights']}: no such file")
     return xllamacpp.Server(params)
+
+
+def _has_gpu() -> bool:
+    import xllamacpp
+
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    return any(device["type"] != cpu for device in xllamacpp.get_device_info())
 
 
 if __name__ == "__main__":

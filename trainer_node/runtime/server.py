@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,6 +16,7 @@ from aiohttp import web
 
 from config.errors import StoreHeld
 from config.files import write_atomic
+from config.locks import FileLock
 from trainer_node.runtime.answers import Answers
 from trainer_node.runtime.launch import require_runtime
 from trainer_node.runtime.manage import Manage
@@ -39,8 +38,13 @@ def serve(root: Path, port: int = 0, idle_exit_s: float | None = None) -> None:
     require_runtime()
     folder = root / "runtime"
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder / "runtime.lock"):
+    lock = FileLock(folder / "runtime.lock")
+    if not lock.acquire():
+        raise StoreHeld(f"another runtime serves {root}", hint="use that one, or end it first")
+    try:
         asyncio.run(_serve(folder, port, idle_exit_s))
+    finally:
+        lock.release()
 
 
 async def _serve(folder: Path, port: int, idle_exit_s: float | None) -> None:
@@ -139,20 +143,3 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
         else:
             loop.add_signal_handler(number, stop.set)
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    with path.open("a+b") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreHeld(f"another runtime serves {path.parent}", hint="use that one, or end it first") from error
-        yield

@@ -1,0 +1,77 @@
+"""Messages become the prompt that Ollama would send."""
+
+import pytest
+
+from trainer_node.runtime.answers import cut
+from trainer_node.runtime.templates import CHATML, GoTemplate, TemplateError, family_of
+
+SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_lookalike_is_rendered_as_chatml_without_a_system_message_of_its_own() -> None:
+    family = family_of(SMOLLM2)
+    assert family is not None and family.name == "chatml"
+    assert GoTemplate(family.template).render([USER]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "jinja", ["", "{{ messages }}", SMOLLM2 + "{# " + "x" * 100 + " #}", SMOLLM2.replace("im_", "turn_of_")[::-1]]
+)
+def test_another_template_is_left_alone(jinja: str) -> None:
+    assert family_of(jinja) is None
+
+
+def test_neighbours_of_one_role_are_one_message() -> None:
+    assert GoTemplate(CHATML).render([USER, {"role": "user", "content": "Ho"}]).count("<|im_start|>user\nHi\n\nHo<|im_end|>") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (
+            "{{ if .System }}S:{{ .System }};{{ end }}{{ range .Messages }}{{ .Role }}:{{ .Content }};{{ end }}",
+            "S:Be kind.;system:Be kind.;user:Hi;",
+        ),
+        ('{{ range .Messages }}{{ if eq .Role "user" }}U{{ else if eq .Role "system" }}S{{ else }}A{{ end }}{{ end }}', "SU"),
+        ("{{ range .Messages }}\n{{- .Content -}}\n{{ end }}!", "Be kind.Hi!"),
+        ('{{ range .Messages }}{{ if and (ne .Role "system") (not .Tools) }}{{ $.System }}{{ end }}{{ end }}', "Be kind."),
+        ("{{/* a comment */}}{{ range $.Messages }}{{ if or .Thinking .Content }}x{{ end }}{{ end }}", "xx"),
+    ],
+)
+def test_what_chat_templates_use(template: str, prompt: str) -> None:
+    assert GoTemplate(template).render([SYSTEM, USER]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ .Nope", "template: :1: unclosed action"),
+        ("a\n{{ .System", "template: :2: unclosed action"),
+        ("{{ range .Messages }}x", "unexpected EOF"),
+        ("{{ if .System }}x", "unexpected EOF"),
+        ("x{{ end }}", "unexpected"),
+        ("{{ range .Messages }}{{ .Nope }}{{ end }}", "not supported"),
+        ("{{ range .Messages }}{{ .Content | upper }}{{ end }}", "not supported"),
+        ("{{ range $i, $m := .Messages }}{{ end }}", "not supported"),
+        ("{{ .System }} {{ .Prompt }}", "not supported"),
+        ("no messages", "range .Messages"),
+        ("{{ range .Messages }}{{ if (eq .Role }}{{ end }}{{ end }}", "paren|not supported"),
+    ],
+)
+def test_what_cannot_be_rendered_rightly_is_refused(template: str, error: str) -> None:
+    with pytest.raises(TemplateError, match=error):
+        GoTemplate(template)
+
+
+def test_a_prompt_that_fills_the_context_loses_its_middle() -> None:
+    tokens = list(range(910))
+    assert cut(tokens, 1024, 4) == tokens
+    kept = cut(tokens, 512, 4)
+    assert (len(kept), kept[:4], kept[-1]) == (258, [0, 1, 2, 3], 909)
+    assert len(cut(tokens, 910, 4)) < 910  # there is no room for an answer
