@@ -79,15 +79,6 @@ DIFFERENT: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = 
             error="pull model manifest: 'no-such-model' is not on this server, which does not pull",
         ),
     ),
-    ("generate", "schema"): (
-        "this build of llama.cpp puts other white space into JSON",
-        lambda r: r["json"].update(eval_count=22),
-    ),
-    ("chat", "schema"): ("this build of llama.cpp puts other white space into JSON", lambda r: r["json"].update(eval_count=28)),
-    ("chat", "schema streamed"): (
-        "this build of llama.cpp puts other white space into JSON",
-        lambda r: r["ndjson"][-1].update(eval_count=28),
-    ),
     ("create", "quantize asked"): (
         "servers from 0.34.1 on do not quantize",
         lambda r: r.update(
@@ -95,6 +86,9 @@ DIFFERENT: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], Any]]] = 
         ),
     ),
 }
+
+# Another build of llama.cpp puts other white space into JSON: what was counted there says nothing here.
+OTHER_WORDS = {("generate", "schema"), ("chat", "schema"), ("chat", "schema streamed")}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +150,10 @@ def test_a_recorded_scenario(scenario: str, server: Running, files: dict[str, by
         if (scenario, step["name"]) in DIFFERENT:
             DIFFERENT[scenario, step["name"]][1](wanted)
         got = send(server.url, step["request"], files)
+        if (scenario, step["name"]) in OTHER_WORDS:
+            for response in (wanted, got):
+                last = response["json"] if "json" in response else response["ndjson"][-1]
+                assert last.pop("eval_count") > 0
         if comparable(got) != comparable(wanted):
             wrong += [step["name"], *difference(comparable(wanted), comparable(got))]
     assert not wrong, "\n".join(wrong)
