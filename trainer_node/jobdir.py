@@ -10,6 +10,7 @@
     jobs/<id>/attempts/<n>/log.txt        everything the pipeline printed, byte for byte
     jobs/<id>/attempts/<n>/runner.json    who runs it: written by the runner
     jobs/<id>/attempts/<n>/stage.json     where it is: written by the pipeline
+    jobs/<id>/attempts/<n>/error.json     why it failed: written by the pipeline
     jobs/<id>/attempts/<n>/exit.json      how it ended: written last, by the runner
 
 The pipeline never touches the database; the daemon never reads tensors. JSON files are replaced whole.

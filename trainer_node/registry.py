@@ -6,19 +6,17 @@ passed the smoke gate; the file is replaced whole, under a lock.
 
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_random_exponential
 
 from config.contracts.base import Tolerant
 from config.contracts.job import PairScores, Perplexity
 from config.contracts.wire import ModelVersion
 from config.errors import JobFailed, JobNotFound
 from config.files import write_atomic
-from config.locks import FileLock
+from config.locks import alone
 
 LOCK_WAIT_S = 30
 
@@ -110,7 +108,7 @@ def reserve(root: Path, draft: ModelRecord, tags: Iterable[str]) -> ModelRecord:
         draft: its `version` is ignored.
         tags: what the server has now; a number that is taken there is free nowhere.
     """
-    with _locked(root):
+    with alone(root / "registry.lock", deadline_s=LOCK_WAIT_S):
         known = records(root)
         own = next((record for record in known if record.job == draft.job), None)
         if own is not None:
@@ -124,7 +122,7 @@ def reserve(root: Path, draft: ModelRecord, tags: Iterable[str]) -> ModelRecord:
 
 def save(root: Path, record: ModelRecord) -> None:
     """Replace the record of that version; if it carries the alias, no other version of the name does."""
-    with _locked(root):
+    with alone(root / "registry.lock", deadline_s=LOCK_WAIT_S):
         others = [other for other in records(root) if other.tag != record.tag]
         if record.alias:
             others = [other.model_copy(update={"alias": ""}) if other.alias == record.alias else other for other in others]
@@ -134,19 +132,3 @@ def save(root: Path, record: ModelRecord) -> None:
 def _write(root: Path, models: list[ModelRecord]) -> None:
     ordered = sorted(models, key=lambda record: (record.created_at, record.name, record.version))
     write_atomic(root / "registry.json", RegistryFile(models=ordered).model_dump_json(indent=1).encode())
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    lock = FileLock(root / "registry.lock")
-    waiting = Retrying(
-        retry=retry_if_result(lambda held: not held), wait=wait_random_exponential(0.02, 0.5), stop=stop_after_delay(LOCK_WAIT_S)
-    )
-    try:
-        waiting(lock.acquire)
-    except RetryError as error:
-        raise JobFailed(f"{lock.path} has been held for {LOCK_WAIT_S} s", hint="another job registers: retry this one") from error
-    try:
-        yield
-    finally:
-        lock.release()

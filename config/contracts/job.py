@@ -120,7 +120,6 @@ class Metrics(Tolerant):
     steps: int
     epoch: float
     loss: float | None = None
-    eval_loss: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
     tokens_per_s: float | None = None

@@ -1,9 +1,9 @@
-"""An Ollama server whose model repeats the fact it was given: the teacher of tests that are about the campaign, not about a model.
+"""An Ollama server whose model repeats the fact it was given: the teacher of tests that are not about a model.
 
     python fact_ollama.py PORT_FILE
 
 Environment: LAT seconds a request (0.02), WRONG: each WRONG-th answer is wrong (0: none). It listens on a free loopback port and
-writes it to PORT_FILE. GET /prompts lists the SHA-256 of every prompt that was answered, in order: the outside witness of a crash.
+writes it to PORT_FILE. GET /prompts lists the SHA-256 of every prompt that was answered: the outside witness of a crash.
 """
 
 import asyncio
@@ -56,8 +56,8 @@ async def version(_: web.Request) -> web.Response:
 
 async def main(port_file: Path) -> None:
     app = web.Application()
-    routes = [web.post("/api/chat", chat), web.get("/api/tags", tags), web.get("/api/version", version), web.get("/prompts", prompts)]
-    app.add_routes(routes)
+    app.add_routes([web.post("/api/chat", chat), web.get("/api/tags", tags)])
+    app.add_routes([web.get("/api/version", version), web.get("/prompts", prompts)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ def start(spec: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def has_grown(child: subprocess.Popen[str], path: Path, before: int) -> bool:
+    return child.poll() is not None or (path.exists() and path.stat().st_size > before)
+
+
 def rows(home: Path, name: str) -> list[dict[str, object]]:
     path = home / "training" / "crash" / name
     data = path.read_bytes() if path.exists() else b""
@@ -76,7 +81,7 @@ def test_kill_9_loses_nothing_and_doubles_nothing(home: Path, server: str, spec:
     for _ in range(6):
         before = samples.stat().st_size if samples.exists() else 0
         child = start(spec)
-        wait_for("growth", 30, lambda: child.poll() is not None or (samples.exists() and samples.stat().st_size > before))
+        wait_for("growth", 30, partial(has_grown, child, samples, before))
         time.sleep(chance.uniform(0, 0.15))  # a seeded moment in the middle of the work
         if child.poll() is None:
             child.kill()

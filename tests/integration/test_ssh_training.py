@@ -1,4 +1,4 @@
-"""A laptop and a node with an sshd between them: data goes there, SFT and DPO run there, results come back, a chat goes through."""
+"""A laptop and a node with an sshd between them: data goes there, SFT and DPO run, results and answers come back."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
 """DPO: the SFT adapter goes on learning which of two answers is the better one; the reference is that adapter, frozen.
 
-Reference log-probabilities are computed once, before the first step, so the first loss is log 2.
+Reference log-probabilities are computed once, before the first step, so the first loss is log 2 (bfloat16: within 0.01).
 """
 
 from pathlib import Path
