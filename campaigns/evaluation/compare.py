@@ -22,7 +22,7 @@ from config.contracts.job import Perplexity
 from config.files import write_atomic
 
 SHEET = TypeAdapter(list[Answer])
-SAMPLING = Sampling(temperature=0.0, max_tokens=96, num_ctx=1024, seed=0)
+SAMPLING = Sampling(temperature=0.0, max_tokens=64, num_ctx=1024, seed=0)
 OnSheet = Callable[[str, int, bool], None]  # contender and set, questions, whether the sheet was there
 
 

@@ -15,11 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from config.errors import ConfigError, MissingExtra, ProviderUnavailable, StoreHeld
-from trainer_node.processes import start_detached
+from trainer_node.processes import ProcessId, alive, start_detached
 
 DEFAULT_OLLAMA = "127.0.0.1:11434"
 IDLE_EXIT_S = 900
@@ -82,10 +81,10 @@ def find_runtime(root: Path) -> RuntimeInfo | None:
     """The embedded runtime that serves `root` now."""
     try:
         info: dict[str, Any] = json.loads((root / "runtime" / "runtime.json").read_bytes())
-        same = abs(psutil.Process(int(info["pid"])).create_time() - float(info["create_time"])) < 1.0
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        writer = ProcessId(int(info["pid"]), float(info["create_time"]), str(info["boot_id"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    version = probe(str(info["url"])) if same else ""
+    version = probe(str(info["url"])) if alive(writer) else ""
     return RuntimeInfo(str(info["url"]), embedded=True, version=version, started=False) if version else None
 
 

@@ -6,17 +6,17 @@ It listens on 127.0.0.1 only. One runs per root, held by a lock that the operati
 
 import asyncio
 import json
-import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 from aiohttp import web
 
 from config.errors import StoreHeld
 from config.files import write_atomic
 from config.locks import FileLock
+from trainer_node.processes import identify_self
 from trainer_node.runtime.answers import Answers
 from trainer_node.runtime.launch import require_runtime
 from trainer_node.runtime.manage import Manage
@@ -65,8 +65,7 @@ async def _serve(folder: Path, port: int, idle_exit_s: float | None) -> None:
         site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        here = {"url": url, "pid": os.getpid(), "create_time": psutil.Process().create_time()}
-        write_atomic(info, json.dumps(here).encode())
+        write_atomic(info, json.dumps({"url": url, **asdict(identify_self())}).encode())
         await stop.wait()
     finally:
         info.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from trainer_node.train.metrics import MetricsFile, cut_after, read_metrics
 log = logging.getLogger("hafs")
 SPENT = "spent.json"  # in a checkpoint: seconds of training up to it, over all attempts
 POOL = 50  # batches: rows are sorted by length within so many, so that an epoch is still in random order
+LIKE = 8  # tokens: rows this close in length count as equal, so that a batch is not all of one kind (templated rows are)
 
 
 class TrainingStats(Tolerant):
@@ -168,11 +169,14 @@ class LengthOrder(Sampler[int]):
         draw = random.Random(f"{self.seed}:{self.epoch}")
         rows = draw.sample(range(len(self.lengths)), len(self.lengths))
         pools = _chunks(rows, POOL * self.batch)
-        batches = [batch for pool in pools for batch in _chunks(sorted(pool, key=self.lengths.__getitem__), self.batch)]
+        batches = [batch for pool in pools for batch in _chunks(sorted(pool, key=self._rough_length), self.batch)]
         whole = [batch for batch in batches if len(batch) == self.batch]
         rest = [batch for batch in batches if len(batch) < self.batch]  # at most one: it has to stay last
         draw.shuffle(whole)
         return (row for batch in whole + rest for row in batch)
+
+    def _rough_length(self, row: int) -> int:
+        return self.lengths[row] // LIKE
 
 
 def _chunks(rows: list[int], size: int) -> list[list[int]]:
