@@ -7,11 +7,13 @@ Windows: the runner puts itself into a Job Object, and the kernel ends the whole
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +61,9 @@ def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> "subprocess.
     with translate_os_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            # A first line shows where this start's words begin, and that the disk takes words at all.
+            output.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC {shlex.join(argv)}\n".encode())
+            output.flush()
             if sys.platform == "win32":
                 # sshd's sessions are job objects that are killed on close: break away from them.
                 flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_BREAKAWAY_FROM_JOB

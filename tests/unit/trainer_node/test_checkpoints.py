@@ -6,7 +6,7 @@ import pytest
 
 from config.contracts.job import Metrics
 from trainer_node.train.checkpoints import is_complete, newest_complete, seal
-from trainer_node.train.loop import LengthOrder
+from trainer_node.train.loop import LIKE, LengthOrder
 from trainer_node.train.metrics import cut_after, read_metrics
 
 
@@ -77,4 +77,4 @@ def test_order_is_by_seed_and_epoch_and_groups_lengths() -> None:
     order.set_epoch(1)
     assert list(order) != first
     spread = [max(part) - min(part) for start in range(0, 96, 8) if (part := [lengths[row] for row in first[start : start + 8]])]
-    assert max(spread) <= 8
+    assert max(spread) < 2 * LIKE  # a batch may end one class of lengths and begin the next
