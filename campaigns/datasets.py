@@ -7,7 +7,8 @@ from typing import Any
 from campaigns.domains.registry import domain
 from campaigns.plan import Plan
 from campaigns.spec import CampaignSpec, source_files
-from campaigns.store import CampaignFiles, read_lines
+from campaigns.status import CampaignStatus
+from campaigns.store import CampaignFiles, read_lines, read_rows
 from campaigns.sync.seal import SealedDataset, seal
 from config.contracts.base import content_id
 from config.contracts.manifest import DataKind
@@ -18,7 +19,7 @@ from config.settings import Settings, require_name
 
 
 def pairs_file(settings: Settings, name: str) -> Path:
-    return settings.training / name / "pairs.jsonl"
+    return settings.training / require_name(name, "set of pairs") / "pairs.jsonl"
 
 
 def find(settings: Settings, name: str) -> tuple[DataKind, Path]:
@@ -32,9 +33,14 @@ def find(settings: Settings, name: str) -> tuple[DataKind, Path]:
     raise ConfigError(f'no data named "{name}" in {settings.training}', hint=f"known: {', '.join(known) or 'none yet'}")
 
 
+def find_rejected(settings: Settings, name: str) -> Path:
+    """The rejected rows of a campaign. Raises ConfigError where there is no such campaign."""
+    return CampaignStatus(settings, name).files.rejected
+
+
 def seal_named(settings: Settings, names: list[str]) -> SealedDataset:
     """Seal one or several names into one dataset. Raises ConfigError where samples and pairs are mixed."""
-    found = [(name, *find(settings, require_name(name, "dataset"))) for name in names]
+    found = [(name, *find(settings, name)) for name in names]
     kinds = {kind for _, kind, _ in found}
     if len(kinds) > 1:
         raise ConfigError(
@@ -66,12 +72,16 @@ def make_pairs(settings: Settings, spec: CampaignSpec, folder: Path, name: str, 
         raise ConfigError(f'campaign "{spec.name}" has no samples', hint="run it first: hafs campaign start FILE")
     plan = Plan(spec, [domain(each) for each in spec.domains], {each: source_files(spec, each, folder) for each in spec.domains})
     lines = []
-    for row in read_lines(files.samples):
-        pair = _pair(plan, Sample.model_validate(row))
+    for sample in read_rows(files.samples, Sample):
+        pair = _pair(plan, sample)
         if pair is None:
-            tell(f"left out {row['id'][:12]}: its cell is no longer in the sources")
+            tell(f"left out {sample.id[:12]}: its cell is no longer in the sources")
         else:
             lines.append(pair.model_dump_json().encode() + b"\n")
+    if not lines:
+        raise ConfigError(
+            f'no sample of "{spec.name}" can be made into a pair', hint=f"see what it holds: hafs data show {spec.name}"
+        )
     write_atomic(pairs_file(settings, name), b"".join(lines))
     return len(lines)
 

@@ -11,9 +11,8 @@ from agents.prices import price_of
 from agents.providers.base import Provider
 from agents.providers.gemini import GeminiProvider
 from agents.providers.ollama import OllamaProvider
+from campaigns.serving import model_server
 from campaigns.spec import AUTO, CampaignSpec, LaneSpec
-from campaigns.sync.remote import connect
-from config.contracts.wire import RUNTIME, RuntimeArgs
 from config.errors import BadRequest, ConfigError, ProviderUnavailable
 from config.settings import LOCAL, Settings
 
@@ -27,14 +26,13 @@ async def open_lanes(settings: Settings, spec: CampaignSpec) -> AsyncIterator[di
     Raises:
         ProviderUnavailable: no lane's server can be reached.
         BadRequest: a server lacks its lane's model.
-        ConfigError: a paid model without a known price under a budget.
     """
     async with AsyncExitStack() as stack:
         lanes: dict[str, Lane] = {}
         for name, lane in spec.lanes.items():
             provider = await _provider(settings, name, lane)
             stack.push_async_callback(provider.aclose)
-            lanes[name] = _lane(spec, name, lane, provider)
+            lanes[name] = _lane(name, lane, provider)
         await _check(spec, lanes)
         yield lanes
 
@@ -51,20 +49,12 @@ async def _provider(settings: Settings, name: str, lane: LaneSpec) -> Provider:
 
 def _auto_host(settings: Settings, lane: LaneSpec) -> str:
     """The model server of this machine, started if need be, with the lane's model registered."""
-    with connect(settings, LOCAL) as node:
-        return node.call(RUNTIME, RuntimeArgs(model=lane.model, gguf=lane.gguf)).url
+    with model_server(settings, LOCAL, model=lane.model, gguf=lane.gguf) as server:
+        return server.url
 
 
-def _lane(spec: CampaignSpec, name: str, lane: LaneSpec, provider: Provider) -> Lane:
-    price = None
-    if lane.provider == "gemini":
-        price = price_of(lane.provider, lane.model)
-        if price is None and spec.budget.max_usd is not None:
-            raise ConfigError(
-                f'lanes.{name}: the price of "{lane.model}" is not known, so max_usd cannot be kept',
-                hint="use a model with a known price, or remove max_usd to run without a limit",
-            )
-    return Lane(name, provider, lane.model, lane.slots, lane.timeout, lane.rpm, price)
+def _lane(name: str, lane: LaneSpec, provider: Provider) -> Lane:
+    return Lane(name, provider, lane.model, lane.slots, lane.timeout, lane.rpm, price_of(lane.provider, lane.model))
 
 
 async def _check(spec: CampaignSpec, lanes: dict[str, Lane]) -> None:

@@ -16,6 +16,7 @@ import anyio
 
 from agents.providers.ollama import OllamaProvider
 from campaigns.datasets import seal_named
+from campaigns.domains.registry import domain
 from campaigns.evaluation.compare import compare
 from campaigns.evaluation.report import Evaluation, markdown
 from campaigns.serving import Server, model_server
@@ -28,7 +29,7 @@ from campaigns.training import attach_or_submit, complete, require_success
 from config.contracts.job import JobSpec, JobState, JobView
 from config.errors import BudgetExceeded, ConfigError, HafsError
 from config.files import write_atomic
-from config.settings import Settings
+from config.settings import LOCAL, Settings
 from config.toml import load_toml
 
 
@@ -63,11 +64,15 @@ class LoopResult:
     seconds: dict[str, float]  # by step, this run
 
 
-def load_loop(path: Path) -> Loop:
-    """Raises ConfigError (SourceMissing) for any of the three files."""
+def load_loop(settings: Settings, path: Path) -> Loop:
+    """Raises ConfigError (SourceMissing) for any of the three files, an unknown node or an unknown domain."""
     spec = load_toml(path, LoopSpec)
     campaign_path, job_path = beside(path, "campaign", spec.campaign), beside(path, "train", spec.train)
     campaign, job = load_campaign(campaign_path), load_toml(job_path, JobSpec)
+    if spec.node != LOCAL:
+        settings.node(spec.node)
+    for name in campaign.domains:
+        domain(name)
     if job.kind != "sft":
         raise ConfigError(f"{job_path}: the loop trains with sft", hint="submit a dpo job with: hafs train submit FILE")
     if campaign.name not in job.data:
@@ -108,7 +113,7 @@ def _campaign(settings: Settings, loop: Loop, screen: Screen) -> None:
     spec = loop.campaign
     if CampaignFiles(settings, spec.name).exists():
         status = CampaignStatus(settings, spec.name)
-        if status.state == "complete":
+        if status.state == "complete" and status.spec == spec:
             return screen.say(f"reused: {status.done} samples of an earlier run ({status.files.samples})")
         screen.say(f"continuing: {status.done} of {spec.target} samples are there")
     end = screen.run_campaign(settings, spec, loop.campaign_path.parent)

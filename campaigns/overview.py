@@ -6,7 +6,7 @@ from campaigns.status import CampaignStatus, names
 from campaigns.sync.remote import connect
 from config.contracts.job import JobView
 from config.contracts.wire import MODELS, STATUS, JobArgs, ModelVersion, Nothing
-from config.errors import NodeError
+from config.errors import HafsError
 from config.settings import LOCAL, Settings
 
 
@@ -38,6 +38,6 @@ def _node(settings: Settings, name: str) -> NodeOverview:
         with connect(settings, name) as node:
             seen.jobs = node.call(STATUS, JobArgs()).jobs
             seen.models = node.call(MODELS, Nothing()).models
-    except NodeError as error:
+    except HafsError as error:
         seen.problem = str(error)
     return seen

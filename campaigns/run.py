@@ -20,7 +20,7 @@ from campaigns.lanes import open_lanes
 from campaigns.plan import Cell, Plan
 from campaigns.spec import CampaignSpec, source_files
 from campaigns.status import CampaignEnd, Progress
-from campaigns.store import Call, CampaignFiles, Rejected, Store, read_lines
+from campaigns.store import Call, CampaignFiles, Rejected, Store, read_rows
 from config.contracts.base import content_id
 from config.contracts.sample import Provenance, Sample
 from config.errors import translate_os_errors
@@ -54,7 +54,7 @@ class Campaign:
             for call in store.calls():
                 self.plan.restore(call)
                 self.progress.count(call)
-            self._seen = {content_id([row["source_id"], row["completion"]]) for row in read_lines(self.files.samples)}
+            self._seen = {content_id([row.source_id, row.completion]) for row in read_rows(self.files.samples, Sample)}
             before = self.plan.accepted
             budget = Budget(self.spec.budget.max_usd, spent_usd=self.progress.cost_usd)
             self._scheduler = Scheduler(list(self._lanes.values()), self.spec.routing, budget)

@@ -8,6 +8,8 @@ from campaigns.sync.remote import connect
 from config.contracts.wire import RUNTIME, RuntimeArgs
 from config.settings import Settings
 
+SERVER_S = 900.0  # a server may have to be started, and a GGUF of many GB hashed and copied there
+
 
 @dataclass(frozen=True)
 class Server:
@@ -15,15 +17,13 @@ class Server:
 
     url: str
     model: str
-    embedded: bool
     started: bool
-    version: str
 
 
 @contextmanager
 def model_server(settings: Settings, node_name: str, *, model: str = "", gguf: str = "") -> Iterator[Server]:
     """The server of a node for as long as the block lasts. Raises NodeError, ProviderUnavailable, ConfigError."""
     with connect(settings, node_name) as node:
-        found = node.call(RUNTIME, RuntimeArgs(model=model, gguf=gguf), deadline_s=180)
+        found = node.call(RUNTIME, RuntimeArgs(model=model, gguf=gguf), deadline_s=SERVER_S)
         with node.tunnel(found.url) as url:
-            yield Server(url, found.model, found.embedded, found.started, found.version)
+            yield Server(url, found.model, found.started)

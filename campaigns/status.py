@@ -1,12 +1,11 @@
 """How far a campaign is: figures counted from its calls, live or from its files."""
 
-import json
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
 from campaigns.spec import CampaignSpec
-from campaigns.store import Call, CampaignFiles, read_lines
+from campaigns.store import Call, CampaignFiles, read_rows, read_spec
 from config.errors import ConfigError
 from config.locks import holder
 from config.settings import Settings
@@ -34,7 +33,6 @@ class Progress:
         self.rejected: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self.by_cell: Counter[tuple[str, str]] = Counter()  # accepted
         self.cost_usd = 0.0
         self.assumed_usd = 0.0
         self._recent: deque[float] = deque()
@@ -51,7 +49,6 @@ class Progress:
         self.cost_usd += call.cost_usd
         self.assumed_usd += call.cost_usd * call.cost_assumed
         if call.verdict == "accepted":
-            self.by_cell[call.domain, call.cell] += 1
             self._recent.append(call.time)
         else:
             self.reasons[call.reason] += 1
@@ -97,11 +94,11 @@ class CampaignStatus(Progress):
         if not self.files.exists():
             known = ", ".join(names(settings)) or "none yet"
             raise ConfigError(f'no campaign "{name}" in {settings.training}', hint=f"campaigns: {known}")
-        super().__init__(_spec(self.files))
+        super().__init__(read_spec(self.files))
         self.holder = holder(self.files.lock)
         self._start = time.time() - WINDOW_S
-        for line in read_lines(self.files.calls):
-            self.count(Call.model_validate(line))
+        for call in read_rows(self.files.calls, Call):
+            self.count(call)
 
     @property
     def state(self) -> str:
@@ -113,7 +110,3 @@ class CampaignStatus(Progress):
 def names(settings: Settings) -> list[str]:
     """Campaigns below HAFS_HOME, in alphabetical order."""
     return sorted(path.parent.name for path in settings.training.glob("*/campaign.json"))
-
-
-def _spec(files: CampaignFiles) -> CampaignSpec:
-    return CampaignSpec.model_validate(json.loads(files.spec.read_text(encoding="utf-8"))["spec"])

@@ -11,20 +11,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import anyio
 from anyio import to_thread
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from campaigns.spec import CampaignSpec
 from config.contracts.base import Tolerant
 from config.contracts.sample import Message, Provenance, Sample
-from config.errors import SpecChanged, StoreCorrupt, StoreHeld, translate_os_errors
+from config.errors import ConfigError, SpecChanged, StoreCorrupt, StoreError, StoreHeld, translate_os_errors
 from config.files import sync_folder, write_atomic
 from config.locks import FileLock, holder
-from config.settings import Settings
+from config.settings import Settings, require_name
 
+M = TypeVar("M", bound=Tolerant)
 FREE_TO_CHANGE = ("target", "budget", "lanes", "routing")  # the rest of a spec is what the samples are made of
 
 
@@ -66,7 +67,7 @@ class CampaignFiles:
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
-        self.path = settings.training / name
+        self.path = settings.training / require_name(name, "campaign")
         self.samples = self.path / "samples.jsonl"
         self.rejected = self.path / "rejected.jsonl"
         self.calls = self.path / "calls.jsonl"
@@ -87,9 +88,12 @@ class Store:
         self._open: dict[Path, BinaryIO] = {}
         self._pending: list[dict[Path, bytes]] = []
         self._commit = anyio.Lock()
+        self._failure: StoreError | None = None
 
     def __enter__(self) -> "Store":
         """Raises StoreHeld, SpecChanged, StoreCorrupt, DiskFull."""
+        if (self.files.path / "pairs.jsonl").exists():
+            raise ConfigError(f'"{self.files.name}" is a set of pairs already', hint="give the campaign a name of its own")
         if not self._lock.acquire():
             raise StoreHeld(
                 f'campaign "{self.files.name}" is being written by process {holder(self.files.lock)}',
@@ -111,7 +115,7 @@ class Store:
         self._close()
 
     def calls(self) -> Iterator[Call]:
-        return (Call.model_validate(line) for line in read_lines(self.files.calls))
+        return read_rows(self.files.calls, Call)
 
     async def append(self, call: Call, row: Sample | Rejected | None) -> None:
         """Write one outcome; returns when it is durable. Raises DiskFull, StoreError with all files whole."""
@@ -124,9 +128,14 @@ class Store:
         self._pending.append(entry)
         with anyio.CancelScope(shield=True):
             async with self._commit:
-                if any(waiting is entry for waiting in self._pending):
+                if self._failure is None and any(waiting is entry for waiting in self._pending):
                     batch, self._pending = self._pending, []
-                    await to_thread.run_sync(self._write, batch)
+                    try:
+                        await to_thread.run_sync(self._write, batch)
+                    except StoreError as error:
+                        self._failure = error  # nobody whose line shared this write may believe that it is there
+        if self._failure is not None:
+            raise self._failure
 
     def _write(self, batch: list[dict[Path, bytes]]) -> None:
         for path in (self.files.samples, self.files.rejected, self.files.calls):  # the order is the crash contract
@@ -137,7 +146,7 @@ class Store:
     def _check_spec(self) -> None:
         new = self._spec.model_dump(mode="json")
         if self.files.spec.exists():
-            old = json.loads(self.files.spec.read_text(encoding="utf-8"))["spec"]
+            old = read_spec(self.files).model_dump(mode="json")
             changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
             if changed:
                 raise SpecChanged(
@@ -178,10 +187,32 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise StoreCorrupt(
-                    f"{path}:{number}: not a line of JSON", hint="mend or remove that line; nothing was changed"
-                ) from error
+                raise _corrupt(path, number) from error
+            if not isinstance(row, dict):
+                raise _corrupt(path, number)
             yield row
+
+
+def read_rows(path: Path, model: type[M]) -> Iterator[M]:
+    """The rows of a JSONL file as models. Raises StoreCorrupt naming file and line of one that is none."""
+    for number, row in enumerate(read_lines(path), 1):
+        try:
+            yield model.model_validate(row)
+        except ValidationError as error:
+            raise _corrupt(path, number) from error
+
+
+def read_spec(files: CampaignFiles) -> CampaignSpec:
+    """The spec a campaign was last started with. Raises StoreCorrupt where campaign.json is none, or another version's."""
+    try:
+        return CampaignSpec.model_validate(json.loads(files.spec.read_text(encoding="utf-8"))["spec"])
+    except (ValueError, KeyError, TypeError) as error:
+        hint = f"start the campaign with its TOML file under another name, or move {files.path} away"
+        raise StoreCorrupt(f"{files.spec}: not the spec of a campaign of this version", hint=hint) from error
+
+
+def _corrupt(path: Path, number: int) -> StoreCorrupt:
+    return StoreCorrupt(f"{path}:{number}: not a row of this file", hint="mend or remove that line; nothing was changed")
 
 
 def append_durably(file: BinaryIO, data: bytes, path: Path) -> None:

@@ -12,12 +12,19 @@ from config.settings import Settings
 
 
 def ship_and_submit(settings: Settings, node_name: str, spec: JobSpec, tell: Callable[[str], None]) -> JobView:
-    """Send the data that the node lacks and queue a new job. Raises NodeError, ConfigError, TransferError."""
+    """Send the data that the node lacks and queue a new job; a submit whose answer was lost is asked again, not made twice.
+
+    Raises:
+        NodeError, ConfigError, TransferError: nothing is queued that the same command would not find.
+    """
     sealed = seal_named(settings, spec.data)
     with connect(settings, node_name) as node:
         pushed = push(node, sealed, lambda _done, _total: None)
         tell(f"dataset {pushed.dataset_id[:12]}: {pushed.rows} rows on {node_name}")
-        result = submit(settings, node, complete(settings, spec), pushed.dataset_id)
+        whole = complete(settings, spec)
+        record = pending(settings, whole, pushed.dataset_id, node_name)
+        unanswered = record is not None and record.job_id is None
+        result = send(settings, node, record) if record and unanswered else submit(settings, node, whole, pushed.dataset_id)
     tell(f"job {result.job.id} is queued on {node_name}")
     return result.job
 
@@ -47,7 +54,7 @@ def require_success(job: JobView) -> JobView:
     if job.state is JobState.FAILED:
         error = job.error
         message = f"{error.code}: {error.message}" if error else "it did not say why"
-        hint = (error.hint if error else "") or f"the whole log: hafs train logs {job.id}"
+        hint = (error.hint if error else "") or "hafs train logs shows all that it printed"
         raise JobFailed(f"job {job.id} failed: {message}", hint=hint)
     if job.state is JobState.CANCELLED:
         raise JobCancelled(f"job {job.id} was cancelled", hint="submit it again to train")

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ MISSING: dict[str, list[str]] = {}  # program -> tests that need it
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that runs the tests in the background hands SIGINT on as ignored, and so would every child that is to feel Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.addaudithook(_loopback_only)
 
 

@@ -18,7 +18,11 @@ def start(spec: Annotated[Path, typer.Argument(help="The campaign's TOML file.")
     from campaigns.spec import load_campaign
     from config.settings import load_settings
 
-    end = run_live(load_settings(), load_campaign(spec), spec.parent)
+    try:
+        end = run_live(load_settings(), load_campaign(spec), spec.parent)
+    except KeyboardInterrupt:
+        render.note("stopped; the same command continues where this one ended")
+        raise
     render.campaign_end(end)
     if code := render.campaign_exit_code(end):
         raise typer.Exit(code)

@@ -17,12 +17,11 @@ def show(
 ) -> None:
     """Rows of a campaign's samples.jsonl or rejected.jsonl, or of a set of pairs."""
     from campaigns.cli import render
-    from campaigns.datasets import find, rows
-    from campaigns.store import CampaignFiles
+    from campaigns.datasets import find, find_rejected, rows
     from config.settings import load_settings
 
     settings = load_settings()
-    path = CampaignFiles(settings, name).rejected if rejected else find(settings, name)[1]
+    path = find_rejected(settings, name) if rejected else find(settings, name)[1]
     for row in rows(path, count):
         render.row(row, as_json)
 

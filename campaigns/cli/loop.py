@@ -14,8 +14,12 @@ def run(file: Annotated[Path, typer.Argument(help="The loop's TOML file, for exa
     from config.settings import load_settings
 
     settings = load_settings()
-    loop = load_loop(file)
-    result = run_loop(settings, loop, Terminal())
+    loop = load_loop(settings, file)
+    try:
+        result = run_loop(settings, loop, Terminal())
+    except KeyboardInterrupt:
+        render.note("stopped; the same command continues where this one ended")
+        raise
     render.loop_result(result, chat_command(loop, result))
 
 

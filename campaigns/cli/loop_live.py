@@ -1,8 +1,5 @@
 """`hafs run` in the terminal."""
 
-import os
-import shlex
-import sys
 from pathlib import Path
 
 from campaigns.cli import render
@@ -13,7 +10,7 @@ from campaigns.spec import CampaignSpec
 from campaigns.status import CampaignEnd
 from campaigns.sync.push import PushResult
 from config.contracts.job import JobView
-from config.settings import LOCAL, Settings
+from config.settings import Settings
 
 
 class Terminal:
@@ -38,7 +35,7 @@ class Terminal:
 
     def follow(self, settings: Settings, node: str, job: str) -> JobView:
         render.line(f"following job {job}; Ctrl-C leaves it running, the same command comes back to it")
-        render.line(f"to stop the job itself: hafs train cancel {job}")
+        render.line(f"to stop the job itself: {render.command('train', 'cancel', job, node=node)}")
         ended = watch(settings, node, job, render.raw)
         render.job_end(ended)
         return ended
@@ -51,7 +48,4 @@ def chat_command(loop: Loop, result: LoopResult) -> str:
     """The command that talks to the new model, as it has to be typed in this shell and folder."""
     assert result.job.result is not None, "a job that succeeded has a result"
     model = result.job.result.alias or result.job.result.model
-    home = f"HAFS_HOME={shlex.quote(os.environ['HAFS_HOME'])} " if os.environ.get("HAFS_HOME") else ""
-    node = "" if loop.spec.node == LOCAL else f" --node {loop.spec.node}"
-    program = shlex.quote(os.path.relpath(sys.argv[0]) if os.path.isfile(sys.argv[0]) and os.sep in sys.argv[0] else "hafs")
-    return f"{home}{program} chat {model.removesuffix(':latest')} --prompt {shlex.quote(loop.job.probe)}{node}"
+    return render.command("chat", model.removesuffix(":latest"), "--prompt", loop.job.probe, node=loop.spec.node)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from campaigns.cli import campaign, chat, data, loop, models, nodes, sync, train
-from config.errors import INTERRUPTED, HafsError, MissingExtra
+from config.errors import HafsError, MissingExtra, StoreError
 
 app = typer.Typer(
     name="hafs",
@@ -42,18 +42,17 @@ def root(
 
 
 def main() -> None:
-    """The entry point: runs a command and turns what it raises into a message and an exit code."""
+    """The entry point: runs a command and turns what it raises into a message and an exit code. Typer makes Ctrl-C 130."""
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command continues where this one ended", err=True)
-        sys.exit(INTERRUPTED)
     except HafsError as error:
         fail(error)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         fail(MissingExtra(f"the package {error.name} is not installed", hint='pip install "hafs[laptop]"'))
+    except OSError as error:  # a file of the user's that cannot be read: edges that know more have said more
+        fail(StoreError(f"{error.filename or 'a file'}: {error.strerror or error}", hint="check that it exists and is yours"))
 
 
 def fail(error: HafsError) -> None:

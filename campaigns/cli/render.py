@@ -1,11 +1,16 @@
 """All terminal output of `hafs`. Pure functions make lines and tables; `console` prints them."""
 
 import json
+import os
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -18,12 +23,14 @@ from campaigns.overview import Overview
 from campaigns.status import CampaignEnd, CampaignStatus, Progress
 from campaigns.store import CampaignFiles
 from campaigns.sync.push import PushResult
+from campaigns.sync.seal import SealedDataset
 from config.contracts.job import JobView
 from config.contracts.wire import ModelVersion
 from config.errors import INTERRUPTED, BudgetExceeded
-from config.settings import Settings
+from config.settings import LOCAL, Settings
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PIPED_COLUMNS = 200  # a table that goes to a file or a pipe is not cut to the 80 columns of a terminal that is not there
 if not console.is_terminal:
     console.width = PIPED_COLUMNS
@@ -31,16 +38,30 @@ if not console.is_terminal:
 
 def line(text: str = "") -> None:
     """One line as it is: model output and paths are never markup."""
-    console.print(text, markup=False)
+    console.print(printable(text), markup=False)
 
 
 def raw(text: str) -> None:
     """Text without a newline added: streamed answers, logs."""
-    console.print(text, markup=False, end="")
+    console.print(printable(text), markup=False, end="")
 
 
 def as_json(value: Any) -> None:
-    console.print(json.dumps(value, indent=1), markup=False)
+    typer.echo(json.dumps(value, indent=1))
+
+
+def command(*words: str, node: str = LOCAL) -> str:
+    """A command of hafs as it has to be typed in this shell and folder to mean the same home and node."""
+    home = [f"HAFS_HOME={shlex.quote(os.environ['HAFS_HOME'])}"] if os.environ.get("HAFS_HOME") else []
+    called = sys.argv[0]
+    program = os.path.relpath(called) if os.sep in called and os.path.isfile(called) else "hafs"
+    where = [] if node == LOCAL else ["--node", node]
+    return " ".join([*home, shlex.join([program, *words, *where])])
+
+
+def printable(text: str) -> str:
+    """Without control characters: a terminal would obey those of a model's answer or a job's log."""
+    return CONTROL.sub("", text)
 
 
 def heading(text: str) -> None:
@@ -246,7 +267,7 @@ def models(versions: Sequence[ModelVersion], json_wanted: bool) -> None:
 
 def row(row: dict[str, Any], json_wanted: bool) -> None:
     if json_wanted:
-        return console.print(json.dumps(row), markup=False)
+        return typer.echo(json.dumps(row))
     heading(f"{row['domain']}  {row.get('reason') or row.get('change') or 'accepted'}  {row['id'][:12]}")
     for message in row["messages"]:
         line(f"{message['role']:>10}: {message['content']}")
@@ -271,9 +292,17 @@ def pushed(result: PushResult, node: str) -> None:
     line(f"{node} has {what} already: nothing sent")
 
 
+def left_out(sealed: SealedDataset) -> None:
+    """What did not become part of a dataset, if anything."""
+    if sealed.duplicates:
+        line(f"{sealed.duplicates} rows are in it once though they came twice")
+    for path in sealed.torn:
+        line(f"{path}: its unfinished last line was left out")
+
+
 def note(text: str) -> None:
     """Something to know that is no result: to stderr, so that an answer can be piped."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="dim")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(printable(text), markup=False, style="dim")
 
 
 # the loop --------------------------------------------------------------------------------------------------------------

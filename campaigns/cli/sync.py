@@ -20,6 +20,7 @@ def push(names: Annotated[list[str], typer.Argument(help="Campaigns or sets of p
 
     settings = load_settings()
     sealed = seal_named(settings, names)
+    render.left_out(sealed)
     with connect(settings, node) as remote, render.transfer("sending") as on_bytes:
         result = push_dataset(remote, sealed, on_bytes)
     render.pushed(result, node)

@@ -27,8 +27,9 @@ def submit(
 
     settings = load_settings()
     job = ship_and_submit(settings, node, load_toml(spec, JobSpec), render.line)
-    render.line(f"follow it with: hafs train logs {job.id} -f{'' if node == 'local' else f' --node {node}'}")
-    if follow:
+    if not follow:
+        render.line(f"follow it with: {render.command('train', 'logs', job.id, '-f', node=node)}")
+    else:
         follow_job(settings, node, job.id)
 
 

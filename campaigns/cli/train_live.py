@@ -13,8 +13,11 @@ from config.settings import Settings
 
 def follow_job(settings: Settings, node_name: str, job: str) -> JobView:
     """Follow until the job has ended; Ctrl-C ends the following, never the job. Raises JobFailed, JobCancelled."""
-    render.line("following the job; it goes on without this terminal (Ctrl-C)")
-    ended = watch(settings, node_name, job, render.raw)
+    try:
+        ended = watch(settings, node_name, job, render.raw)
+    except KeyboardInterrupt:
+        render.note(f"the job goes on; come back with: {render.command('train', 'logs', job, '-f', node=node_name)}")
+        raise
     render.job_end(ended)
     return require_success(ended)
 

@@ -191,6 +191,7 @@ def test_ctrl_c_while_training_leaves_the_job_and_the_next_run_comes_back_to_it(
     run.send_signal(signal.SIGINT)
     output = finished(run, 130)
     assert "the same command continues" in output
+    assert f"HAFS_HOME={home} " in output and "train cancel sft-" in output  # it can be typed as it is printed
     assert pipeline_of(home) is not None, "the job ended with the terminal"
     again = finished(hafs("run", str(loop)))
     assert "attached: job sft-" in again or "reused: job sft-" in again

@@ -19,7 +19,7 @@ from config.contracts.job import JobError, JobResult, JobSpec, JobState, Metrics
 from config.contracts.manifest import DataKind, DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Provenance, Sample
 from tests.fakes.tiny_model import write_tiny_model
-from trainer_node.jobdir import JobDir
+from trainer_node.jobdir import STOPPED, JobDir
 from trainer_node.ollama import OllamaApi
 from trainer_node.registry import resolve, versions
 from trainer_node.runtime.launch import ensure_runtime
@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 SYSTEM = "Be brief."
 PROVENANCE = Provenance(campaign="c", task_id="t")
-STOPPED = 75
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +242,13 @@ def test_a_model_that_does_not_stop_fails_the_gate_and_keeps_its_files(root: Pat
     assert "hafs-raw:latest" not in api.tags()
     assert "hafs-raw:v1" in api.tags()
     assert not [model for model in versions(root) if model.tag.startswith("hafs-raw")]
+    stats = job_dir.path / "training_stats.json"
+    steps = json.loads(stats.read_bytes())["steps"]
+    adapter = (job_dir.adapter / "adapter_model.safetensors").read_bytes()
+    stats.unlink()  # as if cut off just before they were written: no step is left, and none is taken
+    assert "going on from the checkpoint" in finish(job_dir, 2, code=44)
+    assert json.loads(stats.read_bytes())["steps"] == steps == len(metrics(job_dir))
+    assert (job_dir.adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_a_latest_that_hafs_did_not_make_is_left_alone(root: Path, api: OllamaApi, samples: str) -> None:

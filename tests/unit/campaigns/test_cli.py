@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from campaigns.cli import main as cli
+from campaigns.cli import render
 from config.errors import HafsError, all_errors
 
 
@@ -71,14 +72,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "app", stop)
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 130
+def test_control_characters_of_a_model_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    render.line("lab:b:x [bold]\x1b]0;title\x07\x9b31m :100:")
+    render.as_json({"text": "lab:b:x"})
+    shown = capsys.readouterr().out
+    assert "lab:b:x [bold]" in shown and ":100:" in shown and '"lab:b:x"' in shown
+    assert not any(character in shown for character in "\x1b\x07\x9b")
 
 
 def test_mistakes_of_a_person_each_have_a_place_and_a_way_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from campaigns.loop import load_loop
 from campaigns.spec import CampaignSpec, LaneSpec, expand, load_campaign, source_files
 from config.errors import ConfigError, SourceMissing
+from config.settings import load_settings
 
 PRESETS = Path("config/presets")
 
@@ -65,23 +66,32 @@ def test_routing_and_sources_name_what_exists(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo", "demo-gemini"])
 def test_the_demos_are_whole(name: str) -> None:
-    loop = load_loop(PRESETS / f"{name}.toml")
+    loop = load_loop(load_settings(), PRESETS / f"{name}.toml")
     assert loop.spec.node == "local"
     assert loop.campaign.name in loop.job.data
 
 
 def test_gemini_in_the_demo_is_capped() -> None:
-    assert load_loop(PRESETS / "demo-gemini.toml").campaign.budget.max_usd == 0.10
+    assert load_loop(load_settings(), PRESETS / "demo-gemini.toml").campaign.budget.max_usd == 0.10
 
 
 def test_a_loop_that_names_a_missing_file_or_other_data(tmp_path: Path) -> None:
     loop = tmp_path / "loop.toml"
     loop.write_text('name = "x"\ncampaign = "gone.toml"\ntrain = "gone.toml"\n')
     with pytest.raises(ConfigError, match='loop.toml:2: campaign = "gone.toml": no such file'):
-        load_loop(loop)
+        load_loop(load_settings(), loop)
     for part in ("demo-campaign", "demo-sft"):
         text = (PRESETS / f"{part}.toml").read_text()
         (tmp_path / f"{part}.toml").write_text(text.replace('data   = ["demo"]', 'data = ["y"]'))
     loop.write_text('name = "x"\ncampaign = "demo-campaign.toml"\ntrain = "demo-sft.toml"\n')
     with pytest.raises(ConfigError, match='data does not name the campaign "demo"'):
-        load_loop(loop)
+        load_loop(load_settings(), loop)
+
+
+def test_a_loop_with_an_unknown_node_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for part in ("demo-campaign", "demo-sft"):
+        (tmp_path / f"{part}.toml").write_text((PRESETS / f"{part}.toml").read_text())
+    loop = tmp_path / "loop.toml"
+    loop.write_text('name = "x"\ncampaign = "demo-campaign.toml"\ntrain = "demo-sft.toml"\nnode = "box"\n')
+    with pytest.raises(ConfigError, match='no node "box"'):
+        load_loop(load_settings(), loop)

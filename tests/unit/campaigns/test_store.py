@@ -11,9 +11,9 @@ import anyio
 import pytest
 
 from campaigns.spec import CampaignSpec
-from campaigns.store import Call, CampaignFiles, Rejected, Store, read_lines
+from campaigns.store import Call, CampaignFiles, Rejected, Store, read_lines, read_rows
 from config.contracts.sample import Message, Provenance, Sample
-from config.errors import DiskFull, SpecChanged, StoreCorrupt, StoreHeld
+from config.errors import ConfigError, DiskFull, SpecChanged, StoreCorrupt, StoreHeld
 from config.settings import load_settings
 
 LANE = {"provider": "ollama", "model": "m", "host": "h"}
@@ -139,3 +139,46 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         list(read_lines(path))
     path.write_text('{"a": 1}\n{"torn')
     assert list(read_lines(path)) == [{"a": 1}]
+
+
+def test_rows_of_another_shape_and_a_foreign_spec_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text("[]\n")
+    with pytest.raises(StoreCorrupt, match="calls.jsonl:1"):
+        list(read_lines(path))
+    path.write_text('{"task_id": "t"}\n')
+    with pytest.raises(StoreCorrupt, match="calls.jsonl:1"):
+        list(read_rows(path, Call))
+    with store():
+        pass
+    files().spec.write_text('{"spec": {"name": "x", "of_a_newer_version": 1}}')
+    with pytest.raises(StoreCorrupt, match="campaign.json"), store():
+        pass
+
+
+def test_nobody_whose_line_shared_a_failed_write_believes_it_is_there() -> None:
+    refused: list[int] = []
+
+    async def one(opened: Store, number: int) -> None:
+        try:
+            await opened.append(call(number), sample(number))
+        except DiskFull:
+            refused.append(number)
+
+    async def many(opened: Store) -> None:
+        async with anyio.create_task_group() as group:
+            for number in range(5):
+                group.start_soon(one, opened, number)
+
+    with store() as opened:
+        opened._open[files().calls].close()
+        opened._open[files().calls] = Full(files().calls, "r+")
+        anyio.run(many, opened)
+    assert sorted(refused) == list(range(5))
+
+
+def test_a_campaign_cannot_take_the_name_of_a_set_of_pairs() -> None:
+    files().path.mkdir(parents=True)
+    (files().path / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="set of pairs"), store():
+        pass
