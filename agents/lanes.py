@@ -65,7 +65,6 @@ class LaneState:
         self.lane = lane
         self.in_flight = 0
         self.ok = 0
-        self.errors = 0
         self.out_of_money = False  # no reservation fits until a call in flight is settled
         self.closed_by: Exception | None = None  # for good, in this run
         self.last_error: ProviderError | None = None
@@ -134,7 +133,6 @@ class LaneState:
         self.closed_by = self.closed_by or error
 
     def _failed(self, error: ProviderError) -> None:
-        self.errors += 1
         self.last_error = error
 
     def _recovered(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from agents.task import Usage
 from config.errors import MissingExtra
 
-OWN_MACHINES = frozenset({"ollama", "fake"})  # providers that cost nothing but power
+OWN_MACHINES = frozenset({"ollama"})  # providers that cost nothing but power
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 - Every task that is handed out ends in exactly one outcome. Where the run ends first (drained, out of money, cancelled, an
   error is raised), tasks without an outcome are still owed: a later run is handed them again. Money they may have cost is
-  not forgotten: a drained task that may have been billed ends in an outcome with an error.
+  not forgotten: a task that may have been billed ends in an outcome with an error, however the run ends. Only where storing
+  an outcome has failed is no other one stored.
 - Free lanes come before paid ones; a paid lane takes work when the free ones have no room.
 - A retry gives its slot back and waits in the queue; the lane that failed it waits for it, other lanes may take it at once.
 - At most twice as many tasks as there are slots are in hand, those included whose outcome is being stored.
@@ -17,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from agents.budget import Budget, Reservation
-from agents.figures import AnswerRate, Figures, LaneFigures
 from agents.lanes import Lane, LaneState
 from agents.task import Completion, Outcome, Task, Usage
 from config.errors import (
@@ -106,7 +107,7 @@ class Scheduler:
         self._waiting: deque[_Call] = deque()
         self._stop: Literal["drained", "budget"] | None = None
         self._failure: Exception | None = None
-        self._rate = AnswerRate()
+        self._store_failed = False
         self._changed: anyio.Event | None = None
 
     async def run(self, source: TaskSource, on_outcome: Callable[[Outcome], Awaitable[None]]) -> RunEnd:
@@ -120,9 +121,12 @@ class Scheduler:
             BadRequest: a lane has refused everything it was ever asked.
             Exception: what `source` or `on_outcome` raised, as it was.
         """
-        async with anyio.create_task_group() as group:
-            run = _Run(source, on_outcome, group)
-            await self._carry_failure(run, self._dispatch, run)
+        run = _Run(source, on_outcome, anyio.create_task_group())
+        try:
+            async with run.group:
+                await self._carry_failure(run, self._dispatch, run)
+        finally:
+            await self._give_back(run)
         if self._failure is not None:
             raise self._failure
         return RunEnd(self._stop or "done", self._message())
@@ -131,10 +135,6 @@ class Scheduler:
         """Start nothing new; what runs is finished and `run` returns."""
         self._stop = self._stop or "drained"
         self._wake()
-
-    def figures(self) -> Figures:
-        lanes = tuple(LaneFigures(s.lane.name, s.in_flight, s.limit, s.ok, s.errors, str(s.closed_by or "")) for s in self._lanes)
-        return Figures(lanes, len(self._waiting), self._rate.per_second(self._clock()), self._budget.spent_usd)
 
     # --- handing out -------------------------------------------------------------------------------------------------
 
@@ -151,6 +151,8 @@ class Scheduler:
                 return
             with anyio.move_on_after(self._next_moment(now) - now):
                 await self._changed.wait()
+            # An event that was set just before the run was cancelled hides this: nothing may be started any more.
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     def _admit(self, run: _Run, now: float) -> None:
         """Start what can start: waiting calls first, then new tasks while a lane has room."""
@@ -215,23 +217,30 @@ class Scheduler:
         return min((moment for moment in moments if moment > now), default=math.inf)
 
     async def _give_back(self, run: _Run) -> None:
-        """Let go of what waits. Only what may have been billed becomes an outcome: the rest is simply owed."""
+        """Let go of what waits."""
         while self._waiting:
             call = self._waiting.popleft()
-            if call.cost_usd:
-                await self._end(run, _outcome(call, None, f"{self._stop} before it was answered: {call.error}"))
-            else:
-                self._in_hand -= 1
+            await self._let_go(run, call, f"{self._stop or 'cancelled'} before it was answered: {call.error}")
+
+    async def _let_go(self, run: _Run, call: _Call, error: str) -> None:
+        """End a call without an answer. Only what may have been billed becomes an outcome: the rest is simply owed."""
+        if call.cost_usd:
+            await self._end(run, _outcome(call, None, error))
+        else:
+            self._in_hand -= 1
 
     # --- one call ----------------------------------------------------------------------------------------------------
 
     async def _serve(self, run: _Run, call: _Call, lane: LaneState, held: Reservation | None) -> None:
         call.attempts += 1
         call.lane = lane
-        result = await self._ask(call, lane, held)
+        try:
+            result = await self._ask(call, lane, held)
+        except BaseException as error:  # cancelled, as a rule: what was sent may be billed all the same
+            await self._let_go(run, call, str(error) if isinstance(error, Exception) else "cancelled before it was answered")
+            raise
         if isinstance(result, Completion):
             lane.answered()
-            self._rate.count(self._clock())
             await self._end(run, _outcome(call, result))
             return
         call.error = str(result)
@@ -297,9 +306,17 @@ class Scheduler:
     async def _end(self, run: _Run, outcome: Outcome) -> None:
         # Shielded: the answer is there and maybe paid for, so it is stored even when the run is being cancelled.
         with anyio.CancelScope(shield=True):
-            await run.on_outcome(outcome)
+            if not self._store_failed:
+                await self._store(run, outcome)
         self._in_hand -= 1
         self._wake()
+
+    async def _store(self, run: _Run, outcome: Outcome) -> None:
+        try:
+            await run.on_outcome(outcome)
+        except BaseException:
+            self._store_failed = True
+            raise
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,6 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     thinking_tokens: int = 0
-    cached_tokens: int = 0
 
 
 FinishReason = Literal["stop", "length", "blocked", "other"]

@@ -101,6 +101,10 @@ class CampaignStatus(Progress):
             self.count(call)
 
     @property
+    def rate(self) -> float | None:
+        return super().rate if self.holder is not None else None  # a campaign that lies still has none
+
+    @property
     def state(self) -> str:
         if self.holder is not None:
             return "running"

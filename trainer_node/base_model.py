@@ -13,6 +13,11 @@ from config.errors import ConfigError
 PACKAGE = "package:"
 
 
+def base_tag(sha256: str) -> str:
+    """The name under which the GGUF file with this hash is registered at the runtime."""
+    return f"hafs-base:{sha256[:12]}"
+
+
 def resolve_gguf(base: str) -> Path:
     """The file that `base` names: a path, or `package:NAME` for the single .gguf inside an installed package.
 

@@ -1,14 +1,14 @@
 """The one process that changes jobs' states: it starts a runner for one job at a time and follows it through the job's folder.
 
 A runner outlives the daemon. A daemon that starts finds what its predecessor left and follows it on; nothing is started twice.
-An attempt is over only when no process of it is left. A cut-off attempt (killed, rebooted) is queued again; one that said why it
-failed has failed. The daemon leaves when idle only if nothing is owed. It never loads torch.
+An attempt is over only when no process of it is left. A cut-off attempt (killed, rebooted) is queued again, and so is one
+that met what may pass (TRY_AGAIN); any other that said why it failed has failed. The daemon leaves when idle only if nothing is
+owed. It never loads torch.
 
 It looks around five times a second: files in a job's folder and rows from other processes have no event that all systems share.
 """
 
 import logging
-import re
 import signal
 import subprocess
 import threading
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from config.contracts.job import JobState, JobView
+from config.contracts.job import JobError, JobState, JobView
 from config.errors import HafsError, StoreHeld, translate_os_errors
 from config.locks import FileLock, holder
-from trainer_node.jobdir import Exit, JobDir
+from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir
 from trainer_node.processes import ProcessId, alive, describe_exit, kill_tree, start_detached
 from trainer_node.queue import Queue
 from trainer_node.runner import PIPELINE, log_tail, runner_argv
+from trainer_node.train.checkpoints import newest_complete, step_of
 
 log = logging.getLogger("trainer_node.daemon")
 
@@ -207,6 +208,9 @@ class Daemon:
         elif exit_ is None:
             self._interrupt(queue, job, "its runner was cut off")
             return
+        elif exit_.error is not None and exit_.code == TRY_AGAIN:
+            self._interrupt(queue, job, exit_.error.message, exit_.error)
+            return
         elif exit_.error is not None:
             queue.end(job.id, JobState.FAILED, error=exit_.error)
         else:
@@ -215,10 +219,10 @@ class Daemon:
             return
         log.info("%s attempt %d: %s", job.id, job.attempt, queue.get(job.id).state)
 
-    def _interrupt(self, queue: Queue, job: JobView, why: str) -> None:
+    def _interrupt(self, queue: Queue, job: JobView, why: str, error: JobError | None = None) -> None:
         folder = self._folder(job)
-        checkpoint, tail = newest_checkpoint(folder.checkpoints), log_tail(folder, job.attempt)
-        state = queue.interrupt(job.id, checkpoint=checkpoint, why=why, tail=tail, backoff_s=self._pace.backoff_s)
+        checkpoint, tail = step_of(newest_complete(folder.checkpoints)), log_tail(folder, job.attempt)
+        state = queue.interrupt(job.id, checkpoint=checkpoint, why=why, tail=tail, error=error, backoff_s=self._pace.backoff_s)
         log.info("%s attempt %d, checkpoint %d: %s: %s", job.id, job.attempt, checkpoint, state, why)
 
     def _seconds_since(self, job: JobView, what: str) -> float:
@@ -227,13 +231,6 @@ class Daemon:
 
     def _folder(self, job: JobView) -> JobDir:
         return JobDir(self.root / "jobs" / job.id)
-
-
-def newest_checkpoint(folder: Path) -> int:
-    """The highest step whose checkpoint is whole (it has COMPLETE.json); 0 for none."""
-    marks = folder.glob("checkpoint-*/COMPLETE.json")
-    steps = [re.fullmatch(r"checkpoint-(\d+)", mark.parent.name) for mark in marks]
-    return max((int(step[1]) for step in steps if step), default=0)
 
 
 def _log_to(path: Path) -> None:

@@ -25,6 +25,9 @@ from config.contracts.base import Tolerant
 from config.contracts.job import JobError, JobResult, JobState, TrainJob
 from config.files import write_atomic
 
+STOPPED = 75  # exit code of a pipeline that honoured the stop file
+TRY_AGAIN = 76  # exit code of a pipeline that met what may pass: no model server, a full disk
+
 M = TypeVar("M", bound=Tolerant)
 
 
@@ -35,7 +38,6 @@ class RunnerRecord(Tolerant):
     create_time: float
     boot_id: str
     attempt: int
-    heartbeat: float
 
 
 class Stage(Tolerant):
@@ -44,7 +46,7 @@ class Stage(Tolerant):
 
 
 class Exit(Tolerant):
-    """How an attempt ended. `stopped`: the stop file was honoured. `result` only if it succeeded."""
+    """How an attempt ended. `stopped`: the stop file was honoured. With the code TRY_AGAIN, `error` may pass."""
 
     code: int
     error: JobError | None = None

@@ -138,7 +138,7 @@ class OllamaApi:
 
     def unload(self, model: str) -> None:
         """Free the model's memory; returns once the server lists it no more. Running answers are waited for."""
-        name = str(ModelName.parse(model))
+        name = _full_name(model)
         self._json("POST", "/api/generate", {"model": model, "keep_alive": 0})
         wait = Retrying(
             retry=retry_if_result(bool), wait=wait_exponential(0.05, max=1.0), stop=stop_after_delay(UNLOAD_TIMEOUT_S)
@@ -171,8 +171,8 @@ class OllamaApi:
 
 
 def register_gguf(api: OllamaApi, name: str, path: Path) -> None:
-    """Make `name` from a GGUF file, unless the server has a model of that name."""
-    wanted = str(ModelName.parse(name)).casefold()
+    """Make `name` from a GGUF file, unless the server has a model of that name. Raises BadRequest."""
+    wanted = _full_name(name).casefold()
     if wanted not in {tag.casefold() for tag in api.tags()}:
         api.create(name, files={path.name: path})
 
@@ -205,6 +205,13 @@ def check_parameters(parameters: dict[str, Any]) -> None:
         merged_options(parameters)
     except ApiError as error:
         raise BadRequest(str(error), hint="correct the parameter's value") from error
+
+
+def _full_name(model: str) -> str:
+    try:
+        return str(ModelName.parse(model))
+    except ApiError as error:
+        raise BadRequest(f"{model!r}: {error}", hint="a name is [namespace/]model[:tag], of letters, digits and . _ -") from error
 
 
 def _header(path: Path) -> GgufFile:

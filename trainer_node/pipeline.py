@@ -2,16 +2,19 @@
 
     python -P -m trainer_node.pipeline --job <root>/jobs/<id> --attempt N
 
-Each stage leaves one file or folder, whole or not at all, and is skipped where it is there: a retry goes on where the last
-attempt stopped, and a failed registration never costs a training run. Exit codes: 0 with result.json; 75 after the stop
-file; anything else with attempts/N/error.json. It writes into its job's folder, the registry and models/, nothing else.
+Each stage leaves its files, whole or not at all, and is skipped where they are there: the next attempt of a job goes on where the
+last one stopped, and repeats no training for the sake of a registration. Exit codes: 0 with result.json; 75 after the stop file;
+76 where the model server is away or the disk full, which is worth another attempt; anything else ends the job. A failure is told
+in attempts/N/error.json. It writes into its job's folder, the registry and models/, nothing else.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from config.contracts.job import JobError, JobState
 from config.contracts.sample import Message
-from config.errors import HafsError, JobCancelled, JobFailed
+from config.errors import DiskFull, HafsError, JobCancelled, JobFailed, ProviderUnavailable, StoreError
 from config.files import write_atomic
 from trainer_node import dataset, registry
 from trainer_node.base_model import resolve_gguf
-from trainer_node.jobdir import JobDir, Stage
+from trainer_node.jobdir import STOPPED, TRY_AGAIN, JobDir, Stage
 from trainer_node.ollama import OllamaApi, register_gguf
 from trainer_node.runtime.launch import ensure_runtime
 from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base, special_tokens
@@ -34,7 +37,8 @@ from trainer_node.train.encode import encode, render_prompt, token_ids
 if TYPE_CHECKING:  # torch is loaded by the stages that need it
     from trainer_node.train.device import Device
 
-STOPPED = 75  # exit code after the stop file
+PASSING = (ProviderUnavailable, DiskFull)  # failures that another attempt may not meet
+FULL_BYTES = 2**20  # a disk with less free is full
 ENVIRONMENT = {
     # Base and data are files of this node: nothing of a job is looked up elsewhere.
     "HF_HUB_OFFLINE": "1",
@@ -57,6 +61,7 @@ class Work:
         self.dir, self.root = job_dir, job_dir.root
         self.job = job_dir.job()
         self.spec = self.job.spec
+        self.stats_file = job_dir.path / "training_stats.json"
         self.evaluation_file = job_dir.path / "evaluation.json"
 
     @cached_property
@@ -187,7 +192,7 @@ def register(work: Work) -> None:
     from trainer_node.train.loop import TrainingStats
 
     found = Evaluation.model_validate_json(work.evaluation_file.read_bytes())
-    stats = TrainingStats.model_validate_json((work.dir.path / "training_stats.json").read_bytes())
+    stats = TrainingStats.model_validate_json(work.stats_file.read_bytes())
     draft = registry.ModelRecord(
         name=work.spec.name,
         version=0,
@@ -214,7 +219,7 @@ def register(work: Work) -> None:
 def trained(work: Work) -> bool:
     from trainer_node.train.checkpoints import is_complete
 
-    return is_complete(work.dir.adapter)
+    return work.stats_file.exists() and is_complete(work.dir.adapter)
 
 
 STAGES: tuple[tuple[JobState, Callable[[Work], bool], Callable[[Work], None]], ...] = (
@@ -260,21 +265,31 @@ def main(argv: list[str] | None = None) -> int:
     except JobCancelled as stopped:
         log.info("%s", stopped)
         return STOPPED
-    except HafsError as error:
-        _fail(job_dir, options.attempt, JobError(code=type(error).__name__, message=str(error), hint=error.hint))
-        return error.exit_code
     except Exception as error:  # the last boundary: what no stage foresaw still ends as an error a person can read
-        log.exception("unexpected")
-        hint = "the log of the attempt has the whole traceback; the next attempt goes on where this one stopped"
-        message = f"{type(error).__name__}: {error}"
-        _fail(job_dir, options.attempt, JobError(code=JobFailed.__name__, message=message, hint=hint))
-        return JobFailed.exit_code
+        return _fail(job_dir, options.attempt, error if isinstance(error, HafsError) else _unforeseen(job_dir, error))
     return 0
 
 
-def _fail(job_dir: JobDir, attempt: int, error: JobError) -> None:
-    log.error("%s: %s\n%s", error.code, error.message, error.hint)
-    write_atomic(job_dir.attempt(attempt) / "error.json", error.model_dump_json(indent=1).encode())
+def _unforeseen(job_dir: JobDir, error: Exception) -> HafsError:
+    """A full disk has as many names as there are libraries that write; anything else is a failure like no other."""
+    log.exception("unexpected")
+    message = f"{type(error).__name__}: {error}"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(job_dir.path).free < FULL_BYTES:
+        return DiskFull(f"no space left for {job_dir.path}: {message}", hint="free some space on the node")
+    hint = "the log of the attempt has the whole traceback; once the cause is mended, submit it again"
+    return JobFailed(message, hint=hint)
+
+
+def _fail(job_dir: JobDir, attempt: int, error: HafsError) -> int:
+    """Say why in the log and in error.json; the exit code."""
+    told = JobError(code=type(error).__name__, message=str(error), hint=error.hint)
+    log.error("%s: %s\n%s", told.code, told.message, told.hint)
+    try:
+        write_atomic(job_dir.attempt(attempt) / "error.json", told.model_dump_json(indent=1).encode())
+    except StoreError as unwritten:  # the disk that is full: the exit code says enough for another attempt
+        log.error("%s", unwritten)
+    return TRY_AGAIN if isinstance(error, PASSING) else error.exit_code
 
 
 if __name__ == "__main__":

@@ -153,10 +153,13 @@ class Queue:
             elif state is job.state and detail != job.detail:
                 self._set(id_, state, detail)
 
-    def interrupt(self, id_: str, *, checkpoint: int, why: str, backoff_s: float, tail: str = "") -> JobState:
+    def interrupt(
+        self, id_: str, *, checkpoint: int, why: str, backoff_s: float, tail: str = "", error: JobError | None = None
+    ) -> JobState:
         """An attempt was cut off: INTERRUPTED until the backoff is over, or FAILED after two in a row without a new checkpoint.
 
-        `checkpoint` is the newest whole step, 0 for none; `tail` the last lines of the log, for the hint of a failure.
+        `checkpoint` is the newest whole step, 0 for none; a failure is told as `error`, if the attempt left one, and else with
+        `tail`, the last lines of the log.
         """
         with self._transaction():
             job = self.get(id_)
@@ -169,11 +172,7 @@ class Queue:
             self._become(job, JobState.INTERRUPTED, why)
             if stalls < MAX_STALLS:
                 return JobState.INTERRUPTED
-            message = f"{MAX_STALLS} attempts in a row came to no new checkpoint; the last one: {why}"
-            hint = "see hafs train logs; killed for memory? a smaller batch or max_length helps; a smaller save_steps loses less"
-            self._end(
-                self.get(id_), JobState.FAILED, error=JobError(code=JobFailed.__name__, message=message, hint=f"{hint}\n{tail}")
-            )
+            self._end(self.get(id_), JobState.FAILED, error=_stalled(why, tail, error))
             return JobState.FAILED
 
     def requeue_due(self, now: float) -> None:
@@ -253,6 +252,15 @@ class Queue:
                 hint = "move it away (jobs/ and models/ stay) and submit again"
                 raise StoreCorrupt(f"{self.path} is damaged: {error}", hint=hint) from error
             raise StoreError(f"{self.path}: {error}", hint="check that the folder is yours and on a local disk") from error
+
+
+def _stalled(why: str, tail: str, error: JobError | None) -> JobError:
+    if error is not None:
+        hint = f"{error.hint}\n{MAX_STALLS} attempts in a row came no further; once that is mended, submit it again"
+        return error.model_copy(update={"hint": hint.lstrip()})
+    message = f"{MAX_STALLS} attempts in a row came to no new checkpoint; the last one: {why}"
+    hint = "see hafs train logs; killed for memory? a smaller batch or max_length helps; a smaller save_steps loses less"
+    return JobError(code=JobFailed.__name__, message=message, hint=f"{hint}\n{tail}")
 
 
 def _json(model: Tolerant | None) -> str | None:

@@ -113,8 +113,9 @@ def reserve(root: Path, draft: ModelRecord, tags: Iterable[str]) -> ModelRecord:
         own = next((record for record in known if record.job == draft.job), None)
         if own is not None:
             return own
+        version_tag = re.compile(re.escape(draft.name) + r":v(\d+)", re.IGNORECASE)  # as the server compares names
         taken = [record.version for record in known if record.name == draft.name]
-        taken += [int(match[1]) for tag in tags if (match := re.fullmatch(re.escape(draft.name) + r":v(\d+)", tag))]
+        taken += [int(match[1]) for tag in tags if (match := version_tag.fullmatch(tag))]
         record = draft.model_copy(update={"version": max(taken, default=0) + 1, "created_at": time.time()})
         _write(root, [*known, record])
         return record

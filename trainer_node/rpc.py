@@ -29,6 +29,7 @@ from trainer_node.processes import start_detached
 from trainer_node.queue import Queue
 
 DAEMON_IDLE_EXIT_S = 900
+UPGRADE = 'upgrade hafs on the node: pip install -U "hafs[node,runtime]" on that machine'
 
 A = TypeVar("A", bound=Tolerant)
 R = TypeVar("R", bound=Tolerant)
@@ -138,10 +139,9 @@ class Service:
     def _route(self, request: wire.Request) -> dict[str, Any]:
         if request.version > wire.PROTOCOL_VERSION:
             what = f"the laptop speaks protocol {request.version}, this node {wire.PROTOCOL_VERSION}"
-            raise ProtocolError(what, hint="upgrade hafs on the node: hafs nodes upgrade NAME")
+            raise ProtocolError(what, hint=UPGRADE)
         if request.verb not in self._routes:
-            hint = "upgrade hafs on the node: hafs nodes upgrade NAME"
-            raise ProtocolError(f"this node (hafs {hafs_version()}) does not know the verb {request.verb[:40]!r}", hint=hint)
+            raise ProtocolError(f"this node (hafs {hafs_version()}) does not know the verb {request.verb[:40]!r}", hint=UPGRADE)
         return self._routes[request.verb](request.args)
 
     def ping(self, _: wire.Nothing) -> wire.Pong:
@@ -201,12 +201,13 @@ class Service:
 
         info, model = ensure_runtime(self.root), args.model
         if args.gguf:
-            from trainer_node.base_model import resolve_gguf
+            from trainer_node.base_model import base_tag, resolve_gguf
             from trainer_node.ollama import OllamaApi, register_gguf
 
             path = resolve_gguf(args.gguf)
-            model = model or f"hafs-base:{_sha256(path)[:12]}"
-            register_gguf(OllamaApi(info.url), model, path)
+            model = model or base_tag(_sha256(path))
+            with OllamaApi(info.url) as api:
+                register_gguf(api, model, path)
         return wire.RuntimeResult(url=info.url, model=model, embedded=info.embedded, version=info.version, started=info.started)
 
     def _write_job(self, id_: str, job: TrainJob) -> None:

@@ -9,20 +9,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from config.contracts.job import JobError
 from config.errors import JobFailed, StoreHeld
 from config.locks import FileLock
-from trainer_node.jobdir import Exit, JobDir, RunnerRecord
+from trainer_node.jobdir import STOPPED, Exit, JobDir, RunnerRecord
 from trainer_node.processes import describe_exit, identify_self, lead_tree
 
 PIPELINE = (sys.executable, "-P", "-m", "trainer_node.pipeline")
-STOPPED = 75  # exit code of a pipeline that honoured the stop file
-HEARTBEAT_S = 5.0
 TAIL_LINES, TAIL_BYTES = 8, 4096
 
 
@@ -41,18 +37,12 @@ def run(folder: JobDir, attempt: int, pipeline: Sequence[str] = PIPELINE) -> Exi
     lock = FileLock(folder.path / "runner.lock")
     if not lock.acquire():
         raise StoreHeld(f"another runner works on {folder.id}", hint="hafs-node doctor shows who; nothing was started")
-    record = _record(attempt)
-    folder.write_runner(record)
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(folder, record, ended), daemon=True)
-    heart.start()
+    folder.write_runner(_record(attempt))
     try:
         code = _run_pipeline(folder, attempt, pipeline)
         exit_ = exit_of(folder, attempt, code)
     except OSError as error:
         exit_ = Exit(code=1, error=JobError(code=JobFailed.__name__, message=f"cannot start the pipeline: {error}"))
-    ended.set()
-    heart.join()
     folder.write_exit(attempt, exit_)
     lock.release()
     return exit_
@@ -92,12 +82,7 @@ def _run_pipeline(folder: JobDir, attempt: int, pipeline: Sequence[str]) -> int:
 
 def _record(attempt: int) -> RunnerRecord:
     me = identify_self()
-    return RunnerRecord(pid=me.pid, create_time=me.create_time, boot_id=me.boot_id, attempt=attempt, heartbeat=time.time())
-
-
-def _beat(folder: JobDir, record: RunnerRecord, ended: threading.Event) -> None:
-    while not ended.wait(HEARTBEAT_S):
-        folder.write_runner(record.model_copy(update={"heartbeat": time.time()}))
+    return RunnerRecord(pid=me.pid, create_time=me.create_time, boot_id=me.boot_id, attempt=attempt)
 
 
 def _error_file(folder: JobDir, attempt: int) -> JobError | None:

@@ -178,7 +178,6 @@ def _usage(reply: types.GenerateContentResponse) -> Usage:
         prompt_tokens=counted.prompt_token_count or 0,
         completion_tokens=counted.candidates_token_count or 0,
         thinking_tokens=counted.thoughts_token_count or 0,
-        cached_tokens=counted.cached_content_token_count or 0,
     )
 
 

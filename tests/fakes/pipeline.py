@@ -15,6 +15,7 @@ from pathlib import Path
 
 from config.contracts.job import JobError, JobResult, JobState
 from trainer_node.jobdir import JobDir, Stage
+from trainer_node.train.checkpoints import seal
 
 
 def wait_for(path: Path) -> None:
@@ -41,7 +42,7 @@ def take(folder: JobDir, attempt: int, word: str, rest: str) -> None:
     elif word == "checkpoint":
         checkpoint = folder.checkpoints / f"checkpoint-{rest}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "COMPLETE.json").write_text("{}")
+        seal(checkpoint)
     elif word == "await":
         wait_for(folder.path / rest)
     elif word == "stubborn":

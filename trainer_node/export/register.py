@@ -69,9 +69,9 @@ def move_alias(api: OllamaApi, root: Path, record: ModelRecord) -> tuple[ModelRe
         The record, with its alias if it was moved, and else a note that says why not.
     """
     alias = f"{record.name}:latest"
-    present = api.tags().get(alias)
+    present = {digest for tag, digest in api.tags().items() if tag.casefold() == alias.casefold()}  # as the server compares
     ours = {other.digest for other in registry.records(root) if other.digest}
-    if present is not None and present not in ours:
+    if present - ours:
         note = f"{alias} at the server was not made by hafs and was left alone; use {record.tag}, or copy it yourself"
         log.info(note)
         return record, note

@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 
 from config.errors import JobFailed
+from trainer_node.base_model import base_tag
 
 ARCHITECTURES = ("llama",)
 DIGITS_THEN_BYTES = ("smollm",)  # tokenizer.ggml.pre: each digit alone, then bytes
@@ -48,7 +49,7 @@ class BaseModel:
     @property
     def tag(self) -> str:
         """The name under which this very file is registered at the runtime."""
-        return f"hafs-base:{self.sha256[:12]}"
+        return base_tag(self.sha256)
 
     def lora_parameters(self, rank: int) -> int:
         return sum(rank * (rows + columns) for rows, columns in self.linear)

@@ -54,16 +54,20 @@ def is_complete(folder: Path) -> bool:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The whole checkpoint-N with the highest N. Torn ones above it are deleted: their step will be written again."""
-    for path in sorted(_checkpoints(folder), key=step_of, reverse=True):
-        if is_complete(path):
-            return path
-        shutil.rmtree(path)
-    return None
+    """The whole checkpoint-N with the highest N."""
+    return next((path for path in sorted(_checkpoints(folder), key=step_of, reverse=True) if is_complete(path)), None)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints above `step`, the newest whole one: they are torn, and their steps will be written again."""
+    for path in _checkpoints(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The N of checkpoint-N; 0 for none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -17,13 +17,14 @@ from typing import Any
 
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from config.contracts.base import Tolerant
 from config.contracts.job import JobSpec
 from config.errors import JobCancelled
 from config.files import write_atomic
 from trainer_node.jobdir import JobDir
-from trainer_node.train.checkpoints import newest_complete, seal, step_of
+from trainer_node.train.checkpoints import newest_complete, remove_after, seal, step_of
 from trainer_node.train.device import Device
 from trainer_node.train.metrics import MetricsFile, cut_after, read_metrics
 
@@ -93,7 +94,8 @@ def run(trainer: Any, job_dir: JobDir, spec: JobSpec, device: Device) -> Trainin
         JobFailed: the loss is no number any more.
     """
     checkpoint = newest_complete(job_dir.checkpoints)
-    step = step_of(checkpoint) if checkpoint else 0
+    step = step_of(checkpoint)
+    remove_after(job_dir.checkpoints, step)
     cut_after(job_dir.metrics_file, step)
     if checkpoint:
         log.info("going on from the checkpoint of step %d", step)
@@ -102,7 +104,8 @@ def run(trainer: Any, job_dir: JobDir, spec: JobSpec, device: Device) -> Trainin
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(job_dir.metrics_file, device.kind))
     trainer.add_callback(keeper)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None or not _take_up_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if state.global_step < state.max_steps:
         raise JobCancelled(f"stopped at step {state.global_step} of {state.max_steps}", hint="the checkpoint is kept")
@@ -124,6 +127,16 @@ def run(trainer: Any, job_dir: JobDir, spec: JobSpec, device: Device) -> Trainin
     )
     write_atomic(job_dir.path / "training_stats.json", stats.model_dump_json(indent=1).encode())
     return stats
+
+
+def _take_up_finished(trainer: Any, checkpoint: Path) -> bool:
+    """Load a checkpoint that holds the last step; False for an earlier one. Trainer would take one step more in a part epoch."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    trainer.state = state
+    return True
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -81,7 +81,7 @@ def require_room(plan: Plan) -> None:
     if plan.disk_mb > plan.disk_free_mb:
         raise DiskFull(
             f"the checkpoints need {plan.disk_mb:.0f} MB, {plan.disk_free_mb:.0f} MB are free on the node",
-            hint="free some space on the node, then retry the job",
+            hint="free some space on the node; if the job has failed by then, submit it again",
         )
     if plan.memory_mb > plan.memory_free_mb:
         raise JobFailed(

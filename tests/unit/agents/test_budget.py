@@ -18,7 +18,7 @@ def test_a_reservation_holds_the_worst_case_until_it_is_settled() -> None:
     held = budget.reserve(PRICE, PROMPT, SAMPLING)
     assert held.usd == budget.reserved_usd == pytest.approx(WORST)
     assert (budget.spent_usd, budget.outstanding) == (0.0, 1)
-    cost = budget.settle(held, Usage(prompt_tokens=5, completion_tokens=2, thinking_tokens=1, cached_tokens=4))
+    cost = budget.settle(held, Usage(prompt_tokens=5, completion_tokens=2, thinking_tokens=1))
     assert cost.usd == budget.spent_usd == pytest.approx(5e-3 + 3e-2)
     assert not cost.assumed
     assert (budget.reserved_usd, budget.outstanding) == (0, 0)

@@ -73,7 +73,7 @@ def test_what_is_sent_and_what_comes_back(canned: Any) -> None:
     assert (config["temperature"], config["topP"], config["maxOutputTokens"], config["seed"]) == (0.2, 0.9, 40, 7)
     assert list(config["thinkingConfig"].values()) == [0]  # under either spelling of the key: the API takes both
     assert (completion.text, completion.finish_reason, completion.model) == ("Paris.", "stop", MODEL)
-    assert completion.usage == Usage(prompt_tokens=20, completion_tokens=3, thinking_tokens=5, cached_tokens=4)
+    assert completion.usage == Usage(prompt_tokens=20, completion_tokens=3, thinking_tokens=5)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from agents.lanes import Lane, LaneState, RpmWindow
 from agents.prices import Price
-from agents.providers.fake import FakeProvider
 from config.errors import BadRequest, Blocked, ConfigError, ProviderUnavailable, RateLimited
+from tests.fakes.fake_provider import FakeProvider
 
 
 def state(slots: int = 4, rpm: int | None = None) -> LaneState:

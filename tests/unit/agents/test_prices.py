@@ -7,8 +7,8 @@ from agents.prices import Price, price_of
 from agents.task import Usage
 
 
-def test_thinking_costs_as_much_as_output_and_cached_as_much_as_input() -> None:
-    usage = Usage(prompt_tokens=1000, completion_tokens=20, thinking_tokens=30, cached_tokens=500)
+def test_thinking_costs_as_much_as_output() -> None:
+    usage = Usage(prompt_tokens=1000, completion_tokens=20, thinking_tokens=30)
     assert Price(1e-6, 1e-5).cost(usage) == pytest.approx(1e-3 + 5e-4)
 
 

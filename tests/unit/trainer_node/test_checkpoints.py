@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from config.contracts.job import Metrics
-from trainer_node.train.checkpoints import is_complete, newest_complete, seal
+from trainer_node.train.checkpoints import is_complete, newest_complete, remove_after, seal, step_of
 from trainer_node.train.loop import LIKE, LengthOrder
 from trainer_node.train.metrics import cut_after, read_metrics
 
@@ -52,8 +52,10 @@ def test_torn_checkpoints_are_passed_over_and_removed(tmp_path: Path) -> None:
     torn = checkpoint(tmp_path, 100, sealed=False)
     (tmp_path / "README.md").write_text("")
     assert newest_complete(tmp_path) == whole
-    assert not torn.exists()
-    assert newest_complete(tmp_path / "nothing") is None
+    assert torn.exists(), "to look removes nothing"
+    remove_after(tmp_path, step_of(whole))
+    assert not torn.exists() and whole.exists()
+    assert newest_complete(tmp_path / "nothing") is None and step_of(None) == 0
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from config.contracts.job import JobSpec, JobState, TrainJob
+from config.contracts.job import JobError, JobSpec, JobState, TrainJob
 from config.errors import StoreHeld
 from config.locks import FileLock
-from trainer_node.daemon import Daemon, Pace, daemon_pid, lock_file, newest_checkpoint
-from trainer_node.jobdir import Exit, JobDir, RunnerRecord, Stage
+from trainer_node.daemon import Daemon, Pace, daemon_pid, lock_file
+from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir, RunnerRecord, Stage
 from trainer_node.processes import identify_self
 from trainer_node.queue import Queue
+from trainer_node.train.checkpoints import seal
 
 
 def a_job(nonce: str = "1") -> TrainJob:
@@ -21,7 +22,7 @@ def a_job(nonce: str = "1") -> TrainJob:
 
 def dead_runner(folder: JobDir, attempt: int) -> None:
     """A record of a process of an earlier boot."""
-    folder.write_runner(RunnerRecord(pid=identify_self().pid, create_time=1.0, boot_id="before", attempt=attempt, heartbeat=0))
+    folder.write_runner(RunnerRecord(pid=identify_self().pid, create_time=1.0, boot_id="before", attempt=attempt))
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_a_reboot_interrupts_and_does_not_fail(started: tuple[Queue, Daemon, Job
         (Exit(code=0), JobState.SUCCEEDED),
         (Exit(code=75, stopped=True), JobState.INTERRUPTED),
         (Exit(code=-9), JobState.INTERRUPTED),
+        (Exit.model_validate({"code": TRY_AGAIN, "error": {"code": "DiskFull", "message": "full"}}), JobState.INTERRUPTED),
         (Exit.model_validate({"code": 1, "error": {"code": "GateFailed", "message": "no"}}), JobState.FAILED),
         (Exit.model_validate({"code": -6, "error": {"code": "JobFailed", "message": "NaN"}}), JobState.FAILED),
     ],
@@ -126,13 +128,39 @@ def test_a_runner_that_cannot_work_does_not_hang_the_job(tmp_path: Path) -> None
     queue.close()
 
 
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "none") == 0
-    for name in ("checkpoint-9", "checkpoint-20", "checkpoint-100", "checkpoint-x"):
-        (tmp_path / name).mkdir()
-    for name in ("checkpoint-9", "checkpoint-20", "checkpoint-x"):
-        (tmp_path / name / "COMPLETE.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) == 20
+def test_what_does_not_pass_ends_with_its_own_reason(started: tuple[Queue, Daemon, JobDir]) -> None:
+    queue, daemon, folder = started
+    seen = []
+    for attempt in (1, 2):
+        dead_runner(folder, attempt)
+        folder.write_exit(attempt, Exit(code=TRY_AGAIN, error=JobError(code="ProviderUnavailable", message=f"away {attempt}")))
+        daemon.step(queue)
+        seen.append(queue.get(folder.id).state)
+        if attempt == 1:
+            queue.requeue_due(1e12)
+            queue.begin_attempt(folder.id)
+    assert seen == [JobState.INTERRUPTED, JobState.FAILED]
+    error = queue.get(folder.id).error
+    assert error is not None and (error.code, error.message) == ("ProviderUnavailable", "away 2")
+    assert "submit it again" in error.hint
+    queue.close()
+
+
+def test_a_damaged_checkpoint_is_no_progress_and_is_left_alone(
+    started: tuple[Queue, Daemon, JobDir], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue, daemon, folder = started
+    for step in (20, 100):
+        checkpoint = folder.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "adapter.bin").write_bytes(b"whole")
+        seal(checkpoint)
+    (folder.checkpoints / "checkpoint-100" / "adapter.bin").write_bytes(b"torn")
+    with caplog.at_level("INFO", logger="trainer_node.daemon"):
+        daemon.step(queue)
+    assert (folder.checkpoints / "checkpoint-100").exists()
+    assert "checkpoint 20:" in caplog.text
+    queue.close()
 
 
 def test_one_daemon_a_root(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The frame of the pipeline: what is done is skipped, the stop file is honoured, every failure is written down."""
 
+import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from config.contracts.job import JobError, JobSpec, JobState, TrainJob
-from config.errors import GateFailed, HafsError
+from config.errors import DiskFull, GateFailed, HafsError, ProviderUnavailable
 from trainer_node import pipeline
 from trainer_node.jobdir import JobDir
+from trainer_node.train.checkpoints import seal
 
 Stages = tuple[tuple[JobState, Callable[[pipeline.Work], bool], Callable[[pipeline.Work], None]], ...]
 
@@ -66,7 +69,13 @@ def test_the_stop_file_ends_it_before_the_next_stage(job_dir: JobDir, monkeypatc
 
 @pytest.mark.parametrize(
     ("failure", "code", "exit_code"),
-    [(GateFailed("no", hint="do this"), "GateFailed", 44), (ZeroDivisionError("no"), "JobFailed", 42)],
+    [
+        (GateFailed("no", hint="do this"), "GateFailed", 44),
+        (ZeroDivisionError("no"), "JobFailed", 42),
+        (ProviderUnavailable("no", hint="start it"), "ProviderUnavailable", 76),
+        (DiskFull("no", hint="free some"), "DiskFull", 76),
+        (OSError(errno.ENOSPC, "no"), "DiskFull", 76),
+    ],
 )
 def test_a_failure_is_written_with_what_to_do(
     job_dir: JobDir, monkeypatch: pytest.MonkeyPatch, failure: Exception, code: str, exit_code: int
@@ -78,6 +87,31 @@ def test_a_failure_is_written_with_what_to_do(
     assert "no" in error.message
     assert error.hint == (failure.hint if isinstance(failure, HafsError) else error.hint)
     assert error.hint
+
+
+def test_a_full_disk_is_known_whatever_the_library_says_and_takes_no_error_file(
+    job_dir: JobDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("no space left")
+
+    def fill(_: pipeline.Work) -> None:
+        usage = shutil.disk_usage(job_dir.path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        monkeypatch.setattr(pipeline, "write_atomic", full)
+        raise RuntimeError("file write failed")
+
+    monkeypatch.setattr(pipeline, "STAGES", ((JobState.RUNNING, lambda _: False, fill),))
+    assert main(job_dir) == 76
+
+
+def test_trained_is_the_adapter_with_its_statistics(job_dir: JobDir) -> None:
+    job_dir.adapter.mkdir()
+    seal(job_dir.adapter)
+    work = pipeline.Work(job_dir)
+    assert not pipeline.trained(work)
+    work.stats_file.write_text("{}")
+    assert pipeline.trained(work)
 
 
 def test_the_stages_are_those_of_the_contract() -> None:

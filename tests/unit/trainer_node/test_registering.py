@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from config.contracts.sample import Message
-from config.errors import GateFailed, JobFailed
+from config.errors import BadRequest, GateFailed, JobFailed
 from trainer_node.dataset import Encoded, Row
 from trainer_node.export.gate import require_gate
 from trainer_node.export.register import keep_files, move_alias
 from trainer_node.jobdir import JobDir
+from trainer_node.ollama import OllamaApi, register_gguf
 from trainer_node.registry import ModelRecord, resolve, save
 from trainer_node.train.agreement import require_agreement
 
@@ -95,13 +96,14 @@ def test_the_alias_moves_to_the_newest_version(tmp_path: Path) -> None:
     assert resolve(tmp_path, "m:v1").alias == ""
 
 
-def test_an_alias_that_hafs_did_not_make_is_left_alone(tmp_path: Path) -> None:
-    server: Any = FakeServer(tags={"m:v1": "one", "m:latest": "someone else's"})
+@pytest.mark.parametrize("theirs", ["m:latest", "M:latest", "m:Latest"])
+def test_an_alias_that_hafs_did_not_make_is_left_alone(tmp_path: Path, theirs: str) -> None:
+    server: Any = FakeServer(tags={"m:v1": "one", theirs: "someone else's"})
     save(tmp_path, record(1, "one"))
     moved, note = move_alias(server, tmp_path, record(1, "one"))
     assert moved.alias == ""
     assert "not made by hafs" in note
-    assert server.present["m:latest"] == "someone else's"
+    assert server.present == {"m:v1": "one", theirs: "someone else's"}
 
 
 def test_results_are_kept_under_the_models_name_and_again_on_a_retry(tmp_path: Path) -> None:
@@ -145,3 +147,8 @@ def test_a_server_that_cannot_tokenize_is_asked_for_lengths() -> None:
     assert len(counted.asked) == 16
     with pytest.raises(JobFailed, match="trained with 2 tokens, served with 21"):
         require_agreement(FakeServer({"prompt_eval_count": 21}), "base", [ROW])  # type: ignore[arg-type]
+
+
+def test_a_name_that_no_model_can_have_is_refused_before_the_server_is_asked(tmp_path: Path) -> None:
+    with OllamaApi("http://127.0.0.1:9") as nobody, pytest.raises(BadRequest, match="no name"):
+        register_gguf(nobody, "no name", tmp_path / "tiny.gguf")

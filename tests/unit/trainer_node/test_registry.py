@@ -34,6 +34,7 @@ def test_a_job_keeps_its_number(tmp_path: Path) -> None:
 def test_a_number_taken_at_the_server_is_not_free(tmp_path: Path) -> None:
     tags = ["hafs-coder:v4", "hafs-coder:latest", "hafs-coder2:v9", "hafsxcoder:v8"]
     assert reserve(tmp_path, draft("one"), tags).version == 5
+    assert reserve(tmp_path, draft("two"), ["Hafs-Coder:V7"]).version == 8, "the server knows no case"
 
 
 def test_only_what_passed_is_found(tmp_path: Path) -> None:

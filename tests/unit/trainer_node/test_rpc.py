@@ -123,7 +123,7 @@ def test_a_carriage_return_is_tolerated_and_unknown_fields_are_ignored(root: Pat
 def test_version_skew_names_the_upgrade(root: Path) -> None:
     newer, unknown = ask(root, b'{"verb": "ping", "version": 9}\n', b'{"verb": "teleport"}\n')
     for reply in (newer, unknown):
-        assert reply.error is not None and "hafs nodes upgrade" in reply.error.hint
+        assert reply.error is not None and "pip install -U" in reply.error.hint
     assert newer.error is not None and "protocol 9" in newer.error.message
 
 

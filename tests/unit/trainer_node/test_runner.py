@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ import pytest
 
 from config.contracts.job import JobSpec, TrainJob
 from config.locks import FileLock
-from trainer_node import runner as runner_module
-from trainer_node.jobdir import Exit, JobDir, RunnerRecord
+from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir
 from trainer_node.processes import ProcessId, alive, kill_tree
 from trainer_node.runner import exit_of, log_tail, runner_argv
 
@@ -70,7 +68,6 @@ def test_who_runs_it_is_said_while_it_runs(start: Start, folder: JobDir) -> None
     record = folder.runner(1)
     assert record is not None and record.pid == runner.pid and record.attempt == 1
     assert alive(ProcessId(record.pid, record.create_time, record.boot_id))
-    assert abs(record.heartbeat - time.time()) < 30
     assert folder.exit(1) is None
     pipeline = int((folder.attempt(1) / "pipeline.pid").read_text())
     assert os.getsid(pipeline) == runner.pid, "one session for everything of the job"
@@ -143,14 +140,8 @@ def test_the_tail_of_a_log_is_short(folder: JobDir) -> None:
     assert len(tail) == 8 and tail[-1] == "�" and tail[-2] == "line 49"
 
 
-def test_the_heart_beats(folder: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "HEARTBEAT_S", 0.01)
-    record = RunnerRecord(pid=1, create_time=1, boot_id="", attempt=1, heartbeat=0)
-    ended = threading.Event()
-    heart = threading.Thread(target=runner_module._beat, args=(folder, record, ended))
-    heart.start()
-    until(lambda: folder.runner(1))
-    first = folder.runner(1)
-    until(lambda: folder.runner(1) != first)
-    ended.set()
-    heart.join()
+def test_what_may_pass_keeps_its_code_and_its_reason(folder: JobDir) -> None:
+    assert exit_of(folder, 1, TRY_AGAIN).error is not None, "a full disk takes no error.json"
+    (folder.attempt(1) / "error.json").write_text('{"code": "ProviderUnavailable", "message": "away"}')
+    exit_ = exit_of(folder, 1, TRY_AGAIN)
+    assert exit_.code == TRY_AGAIN and exit_.error is not None and exit_.error.message == "away"

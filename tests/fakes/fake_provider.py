@@ -14,7 +14,7 @@ Entry = str | Completion | ProviderError
 class FakeProvider:
     """`script` may be endless. A text stands for a completion that stopped by itself. `latency_s` passes before each entry."""
 
-    def __init__(self, script: Iterable[Entry], *, latency_s: float = 0.0, name: str = "fake") -> None:
+    def __init__(self, script: Iterable[Entry], *, latency_s: float = 0.0, name: str = "ollama") -> None:
         self.name = name
         self.calls = 0
         self.peak = 0  # most calls at once
