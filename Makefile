@@ -5,7 +5,7 @@ TORCH_ARGS ?=
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet -c constraints.txt
 
-.PHONY: demo test lint bench system clean-demo
+.PHONY: demo test soak lint bench system clean-demo
 
 demo: $(VENV)/.run
 	HAFS_HOME=.demo $(VENV)/bin/hafs run config/presets/$(if $(GEMINI),demo-gemini,demo).toml
@@ -13,12 +13,17 @@ demo: $(VENV)/.run
 test: system $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
 
+# The fault tests at full length; `make test` runs a tenth of them.
+soak: system $(VENV)/.dev
+	HAFS_KILLS=300 $(VENV)/bin/python -m pytest tests/integration/test_campaign_crash.py
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# About half an hour on an idle machine.
 bench: $(VENV)/.dev
 	for file in tests/bench/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
 

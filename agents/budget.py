@@ -1,7 +1,8 @@
 """The budget of a campaign. Spent and reserved together never exceed the maximum.
 
 A paid call is reserved at its worst case before it is sent, and settled when it ends: on the usage it reports, or, where it
-ends without usage (timeout, dropped connection, cancelled), at its reservation, marked as assumed.
+ends without usage (timeout, dropped connection, cancelled), at its reservation, marked as assumed. Worst cases are many times the
+true costs: near the maximum a call that does not fit may still fit once the calls in flight are settled (`outstanding`).
 """
 
 from collections.abc import Sequence
@@ -36,33 +37,34 @@ class Budget:
     def __init__(self, max_usd: float | None, spent_usd: float = 0.0) -> None:
         self.max_usd = max_usd
         self.spent_usd = spent_usd
-        self._held: dict[int, Reservation] = {}
-
-    @property
-    def reserved_usd(self) -> float:
-        return sum(reservation.usd for reservation in self._held.values())
+        self.reserved_usd = 0.0
+        self._held: set[int] = set()
 
     @property
     def outstanding(self) -> int:
         """Calls that are reserved and not yet settled: settling them may free money."""
         return len(self._held)
 
-    def reserve(self, price: Price | None, messages: Sequence[Message], sampling: Sampling) -> Reservation:
-        """Hold back the worst case of a call: the most tokens its prompt can have, and an answer of `max_tokens`.
+    def reserve(
+        self, price: Price | None, messages: Sequence[Message], sampling: Sampling, thinking_tokens: int = 0
+    ) -> Reservation:
+        """Hold back the worst case of a call: `worst_case`.
+
+        Args:
+            thinking_tokens: most of them that may come on top of `max_tokens` (tokens.thinking_at_most).
 
         Raises:
             BudgetExceeded: it does not fit; nothing is held back.
         """
-        usd = 0.0
-        if price is not None:
-            usd = tokens.at_most(messages) * price.input_usd + sampling.max_tokens * price.output_usd
+        usd = 0.0 if price is None else worst_case(price, messages, sampling, thinking_tokens)
         if self.max_usd is not None and self.spent_usd + self.reserved_usd + usd > self.max_usd:
             raise BudgetExceeded(
-                f"the budget of ${self.max_usd:.2f} is met: ${self.spent_usd:.4f} spent, the next call may cost ${usd:.4f}",
+                f"the budget of ${self.max_usd:g} is met: ${self.spent_usd:.4f} spent, the next call may cost ${usd:.4f}",
                 hint="raise max_usd under [budget] and run the same command again: it continues",
             )
         reservation = Reservation(price, usd)
-        self._held[id(reservation)] = reservation
+        self._held.add(id(reservation))
+        self.reserved_usd += usd
         return reservation
 
     def settle(self, reservation: Reservation, usage: Usage | None) -> Cost:
@@ -79,4 +81,11 @@ class Budget:
 
     def release(self, reservation: Reservation) -> None:
         """Give a reservation back: the server refused the call or was never reached, so nothing is owed."""
-        del self._held[id(reservation)]
+        self._held.remove(id(reservation))
+        # A sum that goes up and down keeps rounding errors; with nothing held it is 0.
+        self.reserved_usd = self.reserved_usd - reservation.usd if self._held else 0.0
+
+
+def worst_case(price: Price, messages: Sequence[Message], sampling: Sampling, thinking_tokens: int = 0) -> float:
+    """USD that a call surely does not exceed: the most tokens its prompt can have, and a whole answer of `max_tokens`."""
+    return price.at_most(tokens.at_most(messages, sampling.schema), sampling.max_tokens + thinking_tokens)

@@ -1,142 +1,127 @@
-"""Lanes: ways to a model, and how much work each may take now.
+"""Lanes and endpoints: what a scheduler is told about the ways to a model, and what it tells about them.
 
-- A lane never has more than `slots` calls in flight, and never starts more than `rpm` in any 60 s.
-- Lowering its limit never ends running work.
-- 429: the limit falls to what the server was still serving, and grows by one with every round of answers.
-- Five calls in a row without an answer close the lane for a while, twice as long each time; then one call at a time tries it.
+A lane is one model at one server. Limits belong to the endpoint, the real bottleneck: an Ollama or vLLM server by its URL, a
+Gemini model by its project. Lanes that share an endpoint share its limits.
 """
 
-import math
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from agents.prices import OWN_MACHINES, Price
+from agents.gpu import Telemetry
+from agents.prices import Price
 from agents.providers.base import Provider
-from config.errors import ConfigError, ProviderError
+from config.errors import ConfigError
 
-FAILURES_TO_CLOSE = 5
-_FIRST_CLOSURE_S = 1.0
-_LONGEST_CLOSURE_S = 60.0
-# The server counts requests as they arrive: two that leave 60 s apart may arrive a little closer.
-_WINDOW_S = 60.25
+MOST_IN_FLIGHT = 128  # at an endpoint that nobody told a number of slots
+
+# Why a slot is idle although there is work: limit (as many calls as the server is found to bear), rate (requests or tokens a
+# minute or day), breaker (it does not answer), threshold (others use the GPU), lease (a training job has it), measuring (a moment
+# of silence to see who uses the GPU), swap (another model's turn), tail (a faster lane ends sooner), budget (waits for a
+# settlement), free_first (paid lanes are not needed for the deadline), closed (for good), storing (answers wait
+# for the disk), stopping; no_work: there is none.
+Idle = Literal[
+    "",
+    "limit",
+    "rate",
+    "breaker",
+    "threshold",
+    "lease",
+    "measuring",
+    "swap",
+    "tail",
+    "budget",
+    "free_first",
+    "closed",
+    "storing",
+    "stopping",
+    "no_work",
+]
+
+
+@dataclass(frozen=True)
+class GpuThresholds:
+    """Load of others, in %: under `low` the lane takes all its slots, over `high` none."""
+
+    low: float
+    high: float
+    telemetry: Telemetry
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What limits belong to.
+
+    Args:
+        key: names the bottleneck; lanes with equal keys share it.
+        queues: what is too much waits there (Ollama, vLLM), instead of being answered with 429.
+        swaps: it may hold one model at a time.
+        slots: calls at once; None: found by measuring.
+        rpm, tpm, rpd: calls and tokens in any 60 s, calls a day.
+        shared: a folder where processes that use the same endpoint find each other; None: nobody else does.
+    """
+
+    key: str
+    queues: bool = True
+    swaps: bool = False
+    slots: int | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    rpd: int | None = None
+    gpu: GpuThresholds | None = None
+    shared: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if any(limit is not None and limit < 1 for limit in (self.slots, self.rpm, self.tpm, self.rpd)):
+            raise ConfigError(f"{self.key}: slots, rpm, tpm and rpd start at 1", hint="leave the lane out to use none of it")
 
 
 @dataclass(frozen=True)
 class Lane:
-    """`slots`: calls at once. `rpm`: calls started in any 60 s. `price` None: free, if the provider is one's own machine."""
+    """One model at one endpoint. `own`: on the user's own machine, so free; `price` None: not known, or free if it is own."""
 
     name: str
     provider: Provider
     model: str
-    slots: int
+    endpoint: Endpoint
     timeout_s: float = 120.0
-    rpm: int | None = None
     price: Price | None = None
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or (self.rpm is not None and self.rpm < 1):
-            raise ConfigError(f'lane "{self.name}": slots and rpm start at 1', hint="leave the lane out to use none of it")
+    own: bool = True
+    typical_s: float | None = None  # how long an answer takes, where that is known before the first one
+    keeps: bool = False  # a call that is left is not lost: the next one for the same prompt gets its answer (batches)
+    thinking_tokens: int = 0  # most of them that may be billed on top of max_tokens
 
     @property
     def paid(self) -> bool:
-        return self.price is not None or self.provider.name not in OWN_MACHINES
+        return self.price is not None or not self.own
 
 
-class RpmWindow:
-    """Starts at most `rpm` calls in any 60 s; None: no limit. Times are those of the caller's clock, in seconds."""
+@dataclass(frozen=True)
+class LaneEvent:
+    """Something a person who reads the log wants to know of a lane."""
 
-    def __init__(self, rpm: int | None) -> None:
-        self._starts: deque[float] | None = deque(maxlen=rpm) if rpm else None
-
-    def ready_at(self) -> float:
-        if self._starts is None or len(self._starts) < (self._starts.maxlen or 0):
-            return -math.inf
-        return self._starts[0] + _WINDOW_S
-
-    def started(self, now: float) -> None:
-        if self._starts is not None:
-            self._starts.append(now)
+    lane: str
+    kind: Literal["closed", "down", "back", "limit", "swap", "idle"]
+    text: str
 
 
-class LaneState:
-    """What a scheduler knows of one lane."""
+@dataclass(frozen=True)
+class LaneView:
+    """A lane at one moment. `idle_s`: seconds in which it had a free slot, by reason; `latency_s`: a recent average."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-        self.in_flight = 0
-        self.ok = 0
-        self.out_of_money = False  # no reservation fits until a call in flight is settled
-        self.closed_by: Exception | None = None  # for good, in this run
-        self.last_error: ProviderError | None = None
-        self.failing_since: float | None = None  # first of the calls in a row that got no answer
-        self._failures = 0
-        self._bad_requests = 0
-        self._closure_s = _FIRST_CLOSURE_S
-        self._limit = float(lane.slots)
-        self._opens_at = -math.inf
-        self._window = RpmWindow(lane.rpm)
-
-    @property
-    def down(self) -> bool:
-        """It gave no answer to the last calls; while it is down it is only tried."""
-        return self._failures >= FAILURES_TO_CLOSE
-
-    @property
-    def hopeless(self) -> bool:
-        """It has only ever said that the request is wrong: the model is missing, or the request is never right."""
-        return self.ok == 0 and self._bad_requests >= FAILURES_TO_CLOSE
-
-    @property
-    def limit(self) -> int:
-        return int(self._limit)
-
-    def ready_at(self) -> float:
-        """When it may start a call, as far as time alone decides; inf: never again in this run."""
-        return math.inf if self.closed_by else max(self._opens_at, self._window.ready_at())
-
-    def has_room(self, now: float) -> bool:
-        return self.in_flight < self.limit and not self.out_of_money and self.ready_at() <= now
-
-    def started(self, now: float) -> None:
-        self.in_flight += 1
-        self._window.started(now)
-
-    def answered(self) -> None:
-        self.ok += 1
-        self._recovered()
-        self._limit = min(self.lane.slots, self._limit + 1 / self._limit)
-
-    def rate_limited(self, error: ProviderError, now: float, wait_s: float) -> None:
-        self._failed(error)
-        self._recovered()
-        self._limit = min(self._limit, max(1, self.in_flight))
-        if self.in_flight == 0:  # not too many at once, but too many a minute: nothing else will be served either
-            self._opens_at = now + wait_s
-
-    def unavailable(self, error: ProviderError, now: float) -> None:
-        self._failed(error)
-        self._failures += 1
-        if self.failing_since is None:
-            self.failing_since = now
-        if self.down and now >= self._opens_at:  # the calls that were in flight when it closed do not close it again
-            self._opens_at = now + self._closure_s
-            self._closure_s = min(_LONGEST_CLOSURE_S, 2 * self._closure_s)
-            self._limit = 1.0
-
-    def refused(self, error: ProviderError, *, bad_request: bool) -> None:
-        """The server answered that it will not do this one call."""
-        self._failed(error)
-        self._recovered()
-        self._bad_requests = self._bad_requests + 1 if bad_request else 0
-
-    def close_for_good(self, error: Exception) -> None:
-        self.closed_by = self.closed_by or error
-
-    def _failed(self, error: ProviderError) -> None:
-        self.last_error = error
-
-    def _recovered(self) -> None:
-        """It answers, be it with a refusal."""
-        self._failures = 0
-        self._closure_s = _FIRST_CLOSURE_S
-        self.failing_since = None
+    name: str
+    model: str
+    endpoint: str
+    paid: bool
+    in_flight: int
+    limit: int
+    ok: int
+    failed: int
+    idle: Idle
+    idle_s: Mapping[str, float]
+    latency_s: float | None
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    last_error: str

@@ -9,13 +9,17 @@ from config.contracts.sample import Message
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options sent to the model. `num_ctx` is the context window in tokens that an Ollama server is asked for."""
+    """Options sent to the model. `num_ctx` is the context window in tokens that an Ollama server is asked for.
+
+    `schema` is the JSON text of a JSON Schema that the answer has to follow; empty: free text.
+    """
 
     temperature: float = 0.4
     top_p: float = 1.0
     max_tokens: int = 96
     num_ctx: int = 2048
     seed: int | None = None
+    schema: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Usage:
+    """Tokens. `cached_tokens` are those of `prompt_tokens` that the server had read before; `completion_tokens` are without
+    `thinking_tokens`.
+    """
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     thinking_tokens: int = 0
+    cached_tokens: int = 0
 
 
 FinishReason = Literal["stop", "length", "blocked", "other"]
@@ -49,13 +58,16 @@ FinishReason = Literal["stop", "length", "blocked", "other"]
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer of a model. `finish_reason` other than stop is never a sample."""
+    """A whole answer of a model. `finish_reason` other than stop is never a sample; `detail` is the server's word for it
+    (SAFETY, "the prompt was cut"), where there is one.
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     model: str
     latency_s: float
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,5 +80,6 @@ class Outcome:
     attempt: int
     completion: Completion | None
     error: str = ""
+    reason: str = ""  # one stable word for the error
     cost_usd: float = 0.0
     cost_assumed: bool = False  # a paid call that ended without usage is settled at its reservation

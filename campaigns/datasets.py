@@ -6,9 +6,10 @@ from typing import Any
 
 from campaigns.domains.registry import domain
 from campaigns.plan import Plan
+from campaigns.rows import read_lines, read_rows
 from campaigns.spec import CampaignSpec, source_files
 from campaigns.status import CampaignStatus
-from campaigns.store import CampaignFiles, read_lines, read_rows
+from campaigns.store import CampaignFiles
 from campaigns.sync.seal import SealedDataset, seal
 from config.contracts.base import content_id
 from config.contracts.manifest import DataKind

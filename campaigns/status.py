@@ -2,10 +2,15 @@
 
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from campaigns.restore import count_calls
+from campaigns.rows import since
 from campaigns.spec import CampaignSpec
-from campaigns.store import Call, CampaignFiles, read_rows, read_spec
+from campaigns.store import Call, CampaignFiles, read_spec
+from campaigns.tally import Counts, LaneTally
 from config.errors import ConfigError
 from config.locks import holder
 from config.settings import Settings
@@ -29,29 +34,60 @@ class Progress:
 
     def __init__(self, spec: CampaignSpec) -> None:
         self.spec = spec
-        self.accepted: Counter[str] = Counter()  # by domain
-        self.rejected: Counter[str] = Counter()
-        self.failed: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
-        self.cost_usd = 0.0
-        self.assumed_usd = 0.0
-        self._recent: deque[float] = deque()
+        self._counts = Counts()
+        self._recent: deque[list[int]] = deque()  # [second, accepted samples in it]
         self._start = 0.0
 
-    def started(self) -> None:
-        """Rates count from here: the time a campaign lay still is not part of them."""
+    def started(self, before: Counts) -> None:
+        """`before` is what earlier runs have done. Rates count from here: the time it lay still is not part of them."""
+        self._counts = before.copy()
         self._start = time.time()
         self._recent.clear()
 
     def count(self, call: Call) -> None:
-        counter = {"accepted": self.accepted, "rejected": self.rejected}.get(call.verdict, self.failed)
-        counter[call.domain] += 1
-        self.cost_usd += call.cost_usd
-        self.assumed_usd += call.cost_usd * call.cost_assumed
-        if call.verdict == "accepted":
-            self._recent.append(call.time)
-        else:
-            self.reasons[call.reason] += 1
+        self._counts.count(vars(call))
+        self._remember(vars(call))
+
+    def _remember(self, call: Mapping[str, Any]) -> None:
+        if call["verdict"] != "accepted":
+            return
+        second = int(call["time"])
+        if not self._recent or self._recent[-1][0] != second:
+            self._recent.append([second, 0])
+            while self._recent[0][0] < second - WINDOW_S:
+                self._recent.popleft()
+        self._recent[-1][1] += 1
+
+    @property
+    def accepted(self) -> Counter[str]:
+        """By domain, as all counts of verdicts."""
+        return self._counts.accepted
+
+    @property
+    def rejected(self) -> Counter[str]:
+        return self._counts.rejected
+
+    @property
+    def failed(self) -> Counter[str]:
+        return self._counts.failed
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why calls were rejected or failed."""
+        return self._counts.reasons
+
+    @property
+    def lanes(self) -> dict[str, LaneTally]:
+        """What each lane has done, in all runs."""
+        return self._counts.lanes
+
+    @property
+    def cost_usd(self) -> float:
+        return self._counts.cost_usd
+
+    @property
+    def assumed_usd(self) -> float:
+        return self._counts.assumed_usd
 
     @property
     def done(self) -> int:
@@ -71,9 +107,8 @@ class Progress:
         """Accepted samples a second; None before the first."""
         now = time.time()
         begin = max(self._start, now - WINDOW_S)
-        while self._recent and self._recent[0] < begin:
-            self._recent.popleft()
-        return len(self._recent) / (now - begin) if self._recent and now > begin else None
+        accepted = sum(count for second, count in self._recent if second + 1 > begin)
+        return accepted / (now - begin) if accepted and now > begin else None
 
     @property
     def eta_s(self) -> float | None:
@@ -82,7 +117,7 @@ class Progress:
 
     def share(self, domain: str) -> int:
         """Accepted samples wanted of a domain."""
-        return round(self.spec.target * self.spec.domains[domain] / sum(self.spec.domains.values()))
+        return round(self.spec.target * self.spec.domains[domain].share / sum(d.share for d in self.spec.domains.values()))
 
 
 class CampaignStatus(Progress):
@@ -96,13 +131,11 @@ class CampaignStatus(Progress):
             raise ConfigError(f'no campaign "{name}" in {settings.training}', hint=f"campaigns: {known}")
         super().__init__(read_spec(self.files))
         self.holder = holder(self.files.lock)
+        self._counts = count_calls(self.files.path).counts
         self._start = time.time() - WINDOW_S
-        for call in read_rows(self.files.calls, Call):
-            self.count(call)
-
-    @property
-    def rate(self) -> float | None:
-        return super().rate if self.holder is not None else None  # a campaign that lies still has none
+        if self.holder is not None:  # a campaign that lies still has no rate
+            for call in since(self.files.calls, self._start):
+                self._remember(call)
 
     @property
     def state(self) -> str:

@@ -6,9 +6,11 @@ HafsError                    1
 ├── MissingExtra             5    a package of an optional extra is not installed
 ├── ProviderError           10    a model server did not do its work
 │   ├── ProviderUnavailable 11    it cannot be reached, or answers 5xx
+│   │   └── Overloaded      18    503: it is there, but takes no more now
 │   ├── AuthFailed          12    key missing or refused
 │   ├── RateLimited         13    429, with the wait it asks for
 │   ├── BadRequest          14    400, 404, 501: never worth a retry
+│   │   └── ModelMissing    17    the server does not have the model
 │   └── Blocked             15    refused for safety
 ├── BudgetExceeded          16
 ├── StoreError              20    files of a campaign
@@ -76,6 +78,15 @@ class ProviderUnavailable(ProviderError):
         self.retry_after_s = retry_after_s
 
 
+class Overloaded(ProviderUnavailable):
+    """503: it is there, but takes no more now; nothing was generated."""
+
+    exit_code = 18
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, hint: str = "") -> None:
+        super().__init__(message, billable=False, retry_after_s=retry_after_s, hint=hint)
+
+
 class AuthFailed(ProviderError):
     exit_code = 12
 
@@ -92,7 +103,17 @@ class RateLimited(ProviderError):
 
 
 class BadRequest(ProviderError):
+    """`parameter` names what the model refuses to be told; empty: something else is wrong with the request."""
+
     exit_code = 14
+
+    def __init__(self, message: str, *, parameter: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.parameter = parameter
+
+
+class ModelMissing(BadRequest):
+    exit_code = 17
 
 
 class Blocked(ProviderError):

@@ -1,14 +1,16 @@
 """Where things are. HAFS_HOME (default ~/.context) holds everything hafs writes."""
 
+import json
 import os
 import re
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from config.contracts.base import Strict
 from config.contracts.manifest import NAME
 from config.errors import ConfigError
+from config.files import write_atomic
 from config.toml import load_toml
 
 LOCAL = "local"  # the node that is this machine
@@ -27,6 +29,14 @@ class NodeSettings(Strict):
 
 class NodesFile(Strict):
     nodes: dict[str, NodeSettings] = {}
+
+
+class KeysFile(Strict):
+    """Keys of model servers, each under the name of the environment variable that may hold it too."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    keys: dict[str, str] = {}
 
 
 class Settings(Strict):
@@ -64,6 +74,10 @@ class Settings(Strict):
         return self.home / "nodes.toml"
 
     @property
+    def keys_file(self) -> Path:
+        return self.home / "keys.toml"
+
+    @property
     def known_hosts(self) -> Path:
         return self.home / "known_hosts"
 
@@ -79,9 +93,35 @@ class Settings(Strict):
             raise ConfigError(f'no node "{name}" in {self.nodes_file}', hint=f"known nodes: {known}; add a table [nodes.{name}]")
         return nodes[name]
 
+    def key(self, name: str) -> str:
+        """The key of a model server: the environment variable `name`, else what keys.toml has under it; empty for none."""
+        if name and os.environ.get(name):
+            return os.environ[name]
+        return self._keys().get(name, "")
+
+    def keep_key(self, name: str, value: str) -> None:
+        """Write a key into keys.toml, which nobody else may read.
+
+        Raises:
+            ConfigError: it cannot be a key. The message does not repeat it.
+        """
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(r"[\x21-\x7e]+", value):
+            raise ConfigError(f"what was given as {name} cannot be a key", hint="a key has no spaces and only plain letters")
+        keys = {**self._keys(), name: value}
+        lines = [f"{key} = {json.dumps(text)}" for key, text in sorted(keys.items())]  # ASCII: JSON's quotes are TOML's
+        write_atomic(self.keys_file, "\n".join(["[keys]", *lines, ""]).encode())  # its temporary file is born with mode 0600
+
+    def _keys(self) -> dict[str, str]:
+        return load_toml(self.keys_file, KeysFile).keys if self.keys_file.exists() else {}
+
 
 def load_settings() -> Settings:
     return Settings(home=Path(os.environ.get("HAFS_HOME") or "~/.context").expanduser().resolve())
+
+
+def plain_address(address: str) -> bool:
+    """Whether an address of a server can be shown: none with a user, a password, a query or a fragment, where keys are put."""
+    return not re.search(r"[@?#]", address)
 
 
 def require_name(name: str, what: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 MISSING: dict[str, list[str]] = {}  # program -> tests that need it
@@ -18,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell that runs the tests in the background hands SIGINT on as ignored, and so would every child that is to feel Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.addaudithook(_loopback_only)
+    hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("untimed")
 
 
 def _loopback_only(event: str, args: tuple[Any, ...]) -> None:

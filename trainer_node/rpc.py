@@ -110,6 +110,7 @@ class Service:
             Route(wire.MODELS, self.models),
             Route(wire.ARTIFACTS, self.artifacts),
             Route(wire.RUNTIME, self.runtime),
+            Route(wire.GPU, self.gpu),
         ]
         self._routes = {route.name: route for route in routes}
 
@@ -209,6 +210,11 @@ class Service:
             with OllamaApi(info.url) as api:
                 register_gguf(api, model, path)
         return wire.RuntimeResult(url=info.url, model=model, embedded=info.embedded, version=info.version, started=info.started)
+
+    def gpu(self, _: wire.Nothing) -> wire.GpuResult:
+        from trainer_node.gpu import look
+
+        return look(self.root)
 
     def _write_job(self, id_: str, job: TrainJob) -> None:
         JobDir(self.root / "jobs" / id_).write_job(job)

@@ -4,35 +4,132 @@ import time
 from pathlib import Path
 
 import anyio
+import typer
 from rich.live import Live
 
-from campaigns.cli import render
+from campaigns import detach, live
+from campaigns.cli import render, render_campaign
+from campaigns.live import LiveState
+from campaigns.picture import Picture, as_told, look_at
 from campaigns.run import run_campaign
 from campaigns.spec import CampaignSpec
-from campaigns.status import CampaignEnd, Progress
+from campaigns.status import CampaignEnd
+from campaigns.store import CampaignFiles
 from config.settings import Settings
 
 LINE_EVERY_S = 10.0
+LOOK_EVERY_S = 0.5  # a file has no portable event to wait for
 
 
 def run_live(settings: Settings, spec: CampaignSpec, folder: Path) -> CampaignEnd:
     """Run the campaign and show its progress."""
-    render.line(f"campaign {spec.name}: {spec.target} samples wanted, log: {render.log_hint(settings, spec.name)}")
-    if not render.console.is_terminal:
-        return anyio.run(run_campaign, settings, spec, folder, _Lines().show, _draining)
-    with Live(console=render.console, refresh_per_second=4, transient=True) as live:
-        return anyio.run(run_campaign, settings, spec, folder, lambda p: live.update(render.progress_table(p)), _draining)
+    files = CampaignFiles(settings, spec.name)
+    render.line(f"campaign {spec.name}: {spec.target} samples wanted, log: {files.log}")
+    with _Screen() as screen:
+
+        def show(state: LiveState) -> None:
+            screen.show(as_told(files, state))
+
+        return anyio.run(run_campaign, settings, spec, folder, show, _draining)
+
+
+def run_here(settings: Settings, spec: CampaignSpec, folder: Path) -> int:
+    """Run the campaign in this process and say how it ended; returns the exit code."""
+    try:
+        end = run_live(settings, spec, folder)
+    except KeyboardInterrupt:
+        render.note(f"stopped; go on with: {render.command('campaign', 'resume', spec.name)}")
+        raise
+    render_campaign.campaign_end(end)
+    _tell_next(look_at(settings, spec.name))
+    return render_campaign.campaign_exit_code(end)
+
+
+def run_detached(settings: Settings, name: str, again: list[str], max_usd: float | None) -> int:
+    """Run `hafs campaign AGAIN` in the background and say how to come back to it, or why it did not start."""
+    files = CampaignFiles(settings, name)
+    budget = [] if max_usd is None else ["--max-usd", str(max_usd)]
+    render.note("starting; waiting for its first answer")
+    outcome = detach.start_detached(files, ["campaign", *again, *budget])
+    if outcome.exit_code is None:
+        render_campaign.started(name, str(files.log), outcome)
+        return 0
+    typer.echo(render.printable(outcome.words), nl=False, err=True)
+    state = live.read(files)
+    if not outcome.words and state and state.end:
+        render_campaign.campaign_end(state.end)
+    return outcome.exit_code if outcome.exit_code >= 0 else 1
+
+
+def stop_and_wait(settings: Settings, name: str, *, now: bool) -> None:
+    """Ask a campaign to stop, wait for its end, and say where it stands."""
+    seen = look_at(settings, name)
+    if not seen.running:
+        return render.line(f"{name} is not running: {seen.state}")
+    running = sum(lane.in_flight for lane in seen.lanes)
+    calls = f"{running or 'no'} call{'' if running == 1 else 's'}"
+    render.line(f"asked process {seen.pid} to stop; it {'cancels' if now else 'finishes'} what runs ({calls})")
+    detach.stop(seen.files, seen, now=now)
+    _tell_end(look_at(settings, name))
+
+
+def watch(settings: Settings, name: str) -> None:
+    """Show a campaign until its process has ended, then how it ended."""
+    seen = look_at(settings, name)
+    with _Screen() as screen:
+        while seen.running:
+            screen.show(seen)
+            time.sleep(LOOK_EVERY_S)
+            seen = look_at(settings, name)
+    render_campaign.campaign_status(seen, False)
+    if seen.end:
+        render_campaign.campaign_end(seen.end)
+
+
+def _tell_end(seen: Picture) -> None:
+    if seen.end:
+        render_campaign.campaign_end(seen.end)
+    else:
+        render.line(f"{seen.name}: {seen.state}")
+    _tell_next(seen)
+
+
+def _tell_next(seen: Picture) -> None:
+    for what, words in render_campaign.next_commands(seen):
+        render.line(f"{what}: {words}")
 
 
 def _draining() -> None:
     render.line("finishing what runs; Ctrl-C again stops at once")
 
 
-class _Lines:
+class _Screen:
+    """Where pictures of a campaign go, as they come."""
+
     def __init__(self) -> None:
         self._next = time.monotonic() + LINE_EVERY_S
+        self._width = render.console.width
+        self._live = Live(console=render.console, auto_refresh=False, transient=True) if render.console.is_terminal else None
 
-    def show(self, progress: Progress) -> None:
-        if time.monotonic() >= self._next:
+    def __enter__(self) -> "_Screen":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, seen: Picture) -> None:
+        if self._live:
+            self._heed_resize()
+            self._live.update(render_campaign.campaign_view(seen), refresh=True)
+        elif time.monotonic() >= self._next:
             self._next = time.monotonic() + LINE_EVERY_S
-            render.line(render.progress_line(progress))
+            render.line(render_campaign.progress_line(seen))
+
+    def _heed_resize(self) -> None:
+        """A terminal folds what is on it when it becomes narrower: what was drawn would be left behind in part."""
+        if render.console.width != self._width:
+            self._width = render.console.width
+            render.console.clear()

@@ -25,8 +25,8 @@ def run(file: Annotated[Path, typer.Argument(help="The loop's TOML file, for exa
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """The whole loop on one screen: campaigns, jobs and models of this machine and of every node."""
-    from campaigns.cli import render
+    from campaigns.cli import render_overview
     from campaigns.overview import overview
     from config.settings import load_settings
 
-    render.overview(overview(load_settings()), as_json)
+    render_overview.overview(overview(load_settings()), as_json)

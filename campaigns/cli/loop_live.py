@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from campaigns.cli import render
+from campaigns.cli import render, render_campaign
 from campaigns.cli.campaign_live import run_live
 from campaigns.cli.train_live import watch
 from campaigns.loop import Loop, LoopResult
@@ -24,7 +24,7 @@ class Terminal:
 
     def run_campaign(self, settings: Settings, spec: CampaignSpec, folder: Path) -> CampaignEnd:
         end = run_live(settings, spec, folder)
-        render.campaign_end(end)
+        render_campaign.campaign_end(end)
         return end
 
     def sending(self, done: int, total: int) -> None:

@@ -3,13 +3,14 @@
 Nothing heavy is imported at the top of this package: `hafs --help` answers in 0.3 s.
 """
 
+import logging
 import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
-from campaigns.cli import campaign, chat, data, loop, models, nodes, sync, train
+from campaigns.cli import campaign, chat, data, loop, models, nodes, setup, sync, train
 from config.errors import HafsError, MissingExtra, StoreError
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command("init")(setup.init)
+app.command("doctor")(setup.doctor)
 app.command("run")(loop.run)
 app.command("status")(loop.status)
 app.command("chat")(chat.chat)
@@ -43,6 +46,7 @@ def root(
 
 def main() -> None:
     """The entry point: runs a command and turns what it raises into a message and an exit code. Typer makes Ctrl-C 130."""
+    logging.getLogger("hafs").addHandler(logging.NullHandler())  # lines of a log that is not open are not for the terminal
     try:
         app()
     except HafsError as error:

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -17,17 +18,14 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as TransferBar
 from rich.table import Table
 
-from campaigns.evaluation.report import terminal
-from campaigns.loop import LoopResult
-from campaigns.overview import Overview
-from campaigns.status import CampaignEnd, CampaignStatus, Progress
-from campaigns.store import CampaignFiles
-from campaigns.sync.push import PushResult
-from campaigns.sync.seal import SealedDataset
 from config.contracts.job import JobView
 from config.contracts.wire import ModelVersion
-from config.errors import INTERRUPTED, BudgetExceeded
-from config.settings import LOCAL, Settings
+from config.settings import LOCAL
+
+if TYPE_CHECKING:  # they load model servers' clients, which most commands do without
+    from campaigns.loop import LoopResult
+    from campaigns.sync.push import PushResult
+    from campaigns.sync.seal import SealedDataset
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -54,7 +52,11 @@ def command(*words: str, node: str = LOCAL) -> str:
     """A command of hafs as it has to be typed in this shell and folder to mean the same home and node."""
     home = [f"HAFS_HOME={shlex.quote(os.environ['HAFS_HOME'])}"] if os.environ.get("HAFS_HOME") else []
     called = sys.argv[0]
-    program = os.path.relpath(called) if os.sep in called and os.path.isfile(called) else "hafs"
+    typed = (
+        os.sep in called and os.path.isfile(called) and not called.endswith(".py")
+    )  # python -m shows a file that is no command
+    found = shutil.which("hafs")
+    program = os.path.relpath(called) if typed and not (found and os.path.samefile(found, called)) else "hafs"
     where = [] if node == LOCAL else ["--node", node]
     return " ".join([*home, shlex.join([program, *words, *where])])
 
@@ -103,105 +105,6 @@ def table(*columns: str) -> Table:
         made.add_column(column, justify="right" if column.startswith(">") else "left")
         made.columns[-1].header = column.lstrip(">")
     return made
-
-
-# campaigns -------------------------------------------------------------------------------------------------------------
-
-
-def log_hint(settings: Settings, name: str) -> str:
-    return str(CampaignFiles(settings, name).log)
-
-
-def progress_line(progress: Progress) -> str:
-    parts = [f"{name} {progress.accepted[name]}/{progress.share(name)}" for name in progress.spec.domains]
-    rate = f"{progress.rate:.2f}/s" if progress.rate else "?"
-    return (
-        f"{', '.join(parts)}; accepted {percent(progress.accept_rate)} of {progress.calls} calls; "
-        f"{rate}; ETA {duration(progress.eta_s)}; {cost(progress)}"
-    )
-
-
-def cost(progress: Progress) -> str:
-    assumed = f" (of it {progress.assumed_usd:.4f} assumed)" if progress.assumed_usd else ""
-    return f"{progress.cost_usd:.4f} USD{assumed}"
-
-
-def progress_table(progress: Progress) -> Table:
-    made = table("domain", ">accepted", ">wanted", ">", ">accept rate", ">rate", ">ETA", ">cost")
-    rate = f"{progress.rate:.2f}/s" if progress.rate else "?"
-    for name in progress.spec.domains:
-        accepted, wanted = progress.accepted[name], progress.share(name)
-        judged = accepted + progress.rejected[name]
-        accept_rate = percent(accepted / judged if judged else None)
-        made.add_row(name, str(accepted), str(wanted), percent(accepted / max(1, wanted)), accept_rate)
-    made.add_row(
-        "all",
-        str(progress.done),
-        str(progress.spec.target),
-        percent(progress.done / progress.spec.target),
-        percent(progress.accept_rate),
-        rate,
-        duration(progress.eta_s),
-        cost(progress),
-        style="bold",
-    )
-    return made
-
-
-def campaign_end(end: CampaignEnd) -> None:
-    words = {
-        "done": "complete",
-        "drained": "stopped",
-        "budget": "stopped at the budget",
-        "exhausted": "no further calls would help",
-    }
-    line(f"{words.get(end.reason, end.reason)}: {end.message} ({end.new} new, {end.cost_usd:.4f} USD)")
-
-
-def campaign_exit_code(end: CampaignEnd) -> int:
-    return {"done": 0, "drained": INTERRUPTED, "budget": BudgetExceeded.exit_code}.get(end.reason, 1)
-
-
-def campaign_facts(status: CampaignStatus) -> dict[str, Any]:
-    return {
-        "name": status.spec.name,
-        "state": status.state,
-        "target": status.spec.target,
-        "accepted": dict(status.accepted),
-        "rejected": dict(status.rejected),
-        "failed": dict(status.failed),
-        "reasons": dict(status.reasons.most_common()),
-        "accept_rate": status.accept_rate,
-        "rate_per_s": status.rate,
-        "eta_s": status.eta_s,
-        "cost_usd": status.cost_usd,
-        "cost_assumed_usd": status.assumed_usd,
-        "samples": str(status.files.samples),
-        "log": str(status.files.log),
-    }
-
-
-def campaign_status(status: CampaignStatus, json_wanted: bool) -> None:
-    if json_wanted:
-        return as_json(campaign_facts(status))
-    line(f"{status.spec.name}: {status.state}{f' (process {status.holder})' if status.holder else ''}")
-    console.print(progress_table(status))
-    if status.reasons:
-        line("not accepted: " + ", ".join(f"{reason} {count}" for reason, count in status.reasons.most_common()))
-    line(f"samples: {status.files.samples}")
-    line(f"log:     {status.files.log}")
-
-
-def campaign_list(statuses: Sequence[CampaignStatus], json_wanted: bool) -> None:
-    if json_wanted:
-        return as_json([campaign_facts(status) for status in statuses])
-    if not statuses:
-        return line("no campaigns yet: hafs campaign start FILE")
-    made = table("campaign", "state", ">accepted", ">target", ">accept rate", ">cost")
-    for status in statuses:
-        rate = percent(status.accept_rate)
-        made.add_row(status.spec.name, status.state, str(status.done), str(status.spec.target), rate, cost(status))
-    console.print(made)
 
 
 # jobs and models -------------------------------------------------------------------------------------------------------
@@ -285,14 +188,14 @@ def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def pushed(result: PushResult, node: str) -> None:
+def pushed(result: "PushResult", node: str) -> None:
     what = f"dataset {result.dataset_id[:12]}, {result.rows} rows"
     if result.sent_bytes:
         return line(f"{node} has {what}: sent {size(result.sent_bytes)}, {size(result.skipped_bytes)} were there")
     line(f"{node} has {what} already: nothing sent")
 
 
-def left_out(sealed: SealedDataset) -> None:
+def left_out(sealed: "SealedDataset") -> None:
     """What did not become part of a dataset, if anything."""
     if sealed.duplicates:
         line(f"{sealed.duplicates} rows are in it once though they came twice")
@@ -308,8 +211,10 @@ def note(text: str) -> None:
 # the loop --------------------------------------------------------------------------------------------------------------
 
 
-def loop_result(result: LoopResult, chat: str) -> None:
+def loop_result(result: "LoopResult", chat: str) -> None:
     """The end of `hafs run`: the figures, how long each step took, and what to do next."""
+    from campaigns.evaluation.report import terminal
+
     for evaluation in result.evaluations:
         heading("base against tuned")
         line(terminal(evaluation))
@@ -319,27 +224,3 @@ def loop_result(result: LoopResult, chat: str) -> None:
         line(f"note:    {result.job.result.note}")
     heading("Talk to it")
     line(f"  {chat}")
-
-
-def overview(seen: Overview, json_wanted: bool) -> None:
-    if json_wanted:
-        nodes = [
-            {
-                "name": node.name,
-                "problem": node.problem,
-                "jobs": [job.model_dump(mode="json") for job in node.jobs],
-                "models": [model.model_dump(mode="json") for model in node.models],
-            }
-            for node in seen.nodes
-        ]
-        return as_json({"home": seen.home, "campaigns": [campaign_facts(status) for status in seen.campaigns], "nodes": nodes})
-    line(f"home: {seen.home}")
-    heading("campaigns")
-    campaign_list(seen.campaigns, False)
-    for node in seen.nodes:
-        heading(f"node {node.name}")
-        if node.problem:
-            line(f"unknown: {node.problem}")
-        else:
-            jobs(node.jobs, False)
-            models(node.models, False)

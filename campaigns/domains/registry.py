@@ -7,6 +7,10 @@ from config.errors import ConfigError
 _DOMAINS: dict[str, type[Domain]] = {AsmDomain.name: AsmDomain}
 
 
+def names() -> list[str]:
+    return list(_DOMAINS)
+
+
 def domain(name: str) -> Domain:
     """The domain of that name.
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field
 
 from config.contracts.base import Tolerant
+from config.contracts.gpu import GpuReading
 from config.contracts.job import JobError, JobView, TrainJob
 from config.contracts.manifest import SHA256, DatasetManifest, Segment
 
@@ -162,6 +163,13 @@ class RuntimeResult(Tolerant):
     started: bool
 
 
+class GpuResult(Tolerant):
+    """`reading` None: the node cannot see its GPU, and `missing` says why."""
+
+    reading: GpuReading | None = None
+    missing: str = ""
+
+
 A = TypeVar("A", bound=Tolerant)
 R = TypeVar("R", bound=Tolerant)
 
@@ -185,3 +193,4 @@ METRICS = Verb("metrics", ReadArgs, ReadResult)
 MODELS = Verb("models", Nothing, ModelsResult)
 ARTIFACTS = Verb("artifacts", ArtifactsArgs, ArtifactsResult)
 RUNTIME = Verb("runtime", RuntimeArgs, RuntimeResult)
+GPU = Verb("gpu", Nothing, GpuResult)

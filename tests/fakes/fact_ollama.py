@@ -3,7 +3,8 @@
     python fact_ollama.py PORT_FILE
 
 Environment: LAT seconds a request (0.02), WRONG: each WRONG-th answer is wrong (0: none). It listens on a free loopback port and
-writes it to PORT_FILE. GET /prompts lists the SHA-256 of every prompt that was answered: the outside witness of a crash.
+writes it to PORT_FILE. GET /prompts lists the SHA-256 of every prompt that was answered, GET /asked of every one that came: the
+outside witness of a crash.
 """
 
 import asyncio
@@ -19,12 +20,14 @@ from aiohttp import web
 LATENCY_S = float(os.environ.get("LAT", "0.02"))
 WRONG = int(os.environ.get("WRONG", "0"))
 MODEL = "teacher:latest"
+asked: list[str] = []
 answered: list[str] = []
 
 
 async def chat(request: web.Request) -> web.Response:
     body = await request.json()
     prompt = json.dumps(body["messages"])
+    asked.append(hashlib.sha256(prompt.encode()).hexdigest())
     await asyncio.sleep(LATENCY_S)
     fact = re.search(r"Fact: (.*)", body["messages"][-1]["content"])
     answered.append(hashlib.sha256(prompt.encode()).hexdigest())
@@ -45,6 +48,10 @@ async def prompts(_: web.Request) -> web.Response:
     return web.json_response(answered)
 
 
+async def everything(_: web.Request) -> web.Response:
+    return web.json_response(asked)
+
+
 async def tags(_: web.Request) -> web.Response:
     model = {"name": MODEL, "model": MODEL, "modified_at": "2026-01-01T00:00:00Z", "size": 1, "digest": "0" * 64, "details": {}}
     return web.json_response({"models": [model]})
@@ -57,7 +64,7 @@ async def version(_: web.Request) -> web.Response:
 async def main(port_file: Path) -> None:
     app = web.Application()
     app.add_routes([web.post("/api/chat", chat), web.get("/api/tags", tags)])
-    app.add_routes([web.get("/api/version", version), web.get("/prompts", prompts)])
+    app.add_routes([web.get("/api/version", version), web.get("/prompts", prompts), web.get("/asked", everything)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -1,48 +1,17 @@
-"""Tests of the scheduler run on a virtual clock: when every task sleeps, the time jumps to the next timer.
+"""Tests of the scheduler run on the virtual clock of agents/virtual_time.py.
 
 Tests of the providers ask a server on loopback that answers with prepared bodies.
 """
 
-import asyncio
 import json
-import selectors
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anyio
 import pytest
 from aiohttp import web
 
 from agents.providers.base import Provider
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    """Instead of waiting for the timeout it moves the loop's time. A loop that would sleep for ever is a deadlock."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            raise RuntimeError("deadlock: nothing runs and no timer is set")
-        if not ready and timeout:
-            self.now += timeout
-        return ready
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
-
-
-def run_virtual(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-    return anyio.run(work, *args, backend_options={"loop_factory": VirtualTimeLoop})
+from agents.virtual_time import run_virtual
 
 
 @pytest.fixture(scope="session")

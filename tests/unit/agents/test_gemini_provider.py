@@ -8,9 +8,19 @@ from google.genai import types
 from agents.providers.gemini import GeminiProvider, thinking
 from agents.task import Sampling, Usage
 from config.contracts.sample import Message
-from config.errors import AuthFailed, BadRequest, Blocked, ProviderError, ProviderUnavailable, RateLimited
+from config.errors import (
+    AuthFailed,
+    BadRequest,
+    Blocked,
+    ModelMissing,
+    Overloaded,
+    ProviderError,
+    ProviderUnavailable,
+    RateLimited,
+)
 
 MODEL = "gemini-2.5-flash"
+SSE = {"Content-Type": "text/event-stream"}
 QUESTION = [
     Message(role="system", content="Answer briefly."),
     Message(role="user", content="Hello"),
@@ -73,7 +83,7 @@ def test_what_is_sent_and_what_comes_back(canned: Any) -> None:
     assert (config["temperature"], config["topP"], config["maxOutputTokens"], config["seed"]) == (0.2, 0.9, 40, 7)
     assert list(config["thinkingConfig"].values()) == [0]  # under either spelling of the key: the API takes both
     assert (completion.text, completion.finish_reason, completion.model) == ("Paris.", "stop", MODEL)
-    assert completion.usage == Usage(prompt_tokens=20, completion_tokens=3, thinking_tokens=5)
+    assert completion.usage == Usage(prompt_tokens=20, completion_tokens=3, thinking_tokens=5, cached_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +109,54 @@ def test_a_model_that_does_not_think_is_told_nothing() -> None:
 
 @pytest.mark.parametrize(("reason", "finish"), [("MAX_TOKENS", "length"), ("OTHER", "other"), ("MALFORMED_RESPONSE", "other")])
 def test_finish_reasons(canned: Any, reason: str, finish: str) -> None:
-    assert generate(canned(reply(reason))).finish_reason == finish
+    completion = generate(canned(reply(reason)))
+    assert (completion.finish_reason, completion.detail) == (finish, reason)
 
 
 @pytest.mark.parametrize(
-    "body", [reply("SAFETY"), reply("RECITATION"), reply("PROHIBITED_CONTENT"), {"promptFeedback": {"blockReason": "SAFETY"}}]
+    ("body", "why"),
+    [
+        (reply("SAFETY"), "SAFETY"),
+        (reply("RECITATION"), "RECITATION"),
+        (
+            {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {"promptTokenCount": 20}},
+            "PROHIBITED_CONTENT",
+        ),
+    ],
 )
-def test_blocked(canned: Any, body: dict[str, Any]) -> None:
-    with pytest.raises(Blocked, match=r"SAFETY|RECITATION|PROHIBITED_CONTENT"):
-        generate(canned(body))
+def test_a_block_is_returned_with_its_reason_and_what_it_cost(canned: Any, body: dict[str, Any], why: str) -> None:
+    completion = generate(canned(body))
+    assert (completion.finish_reason, completion.detail) == ("blocked", why)
+    assert completion.usage.prompt_tokens == 20
+
+
+SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+
+
+def test_a_schema_is_asked_for_and_its_json_is_looked_at(canned: Any) -> None:
+    whole = canned(reply("STOP", {"text": '{"city": "Paris"}'}))
+    assert generate(whole, Sampling(schema=SCHEMA)).finish_reason == "stop"
+    config = whole.requests[0]["generationConfig"]
+    assert config["responseMimeType"] == "application/json" and config["responseJsonSchema"] == json.loads(SCHEMA)
+    completion = generate(canned(reply("STOP", {"text": '{"city": "Par'})), Sampling(schema=SCHEMA))
+    assert (completion.finish_reason, completion.detail) == ("other", "invalid JSON")
+    cut = generate(canned(reply("MAX_TOKENS", {"text": '{"city": "Par'})), Sampling(schema=SCHEMA))
+    assert (cut.finish_reason, cut.detail) == ("length", "MAX_TOKENS")
+
+
+def test_with_an_idle_timeout_the_answer_is_put_together(canned: Any) -> None:
+    server = canned(events(reply(None, {"text": "Pa"}), reply("STOP", {"text": "ris."})), headers=SSE)
+    completion = generate(server, idle_timeout_s=5)
+    assert "streamGenerateContent" in server.paths[0]
+    assert (completion.text, completion.finish_reason) == ("Paris.", "stop")
+    assert completion.usage == Usage(prompt_tokens=20, completion_tokens=3, thinking_tokens=5, cached_tokens=4)
+
+
+@pytest.mark.parametrize("tail", [b"", b'data: {"candid', b'data: {"error": {"code": 503, "message": "overloaded"}}\n\n'])
+def test_with_an_idle_timeout_half_an_answer_is_none(canned: Any, tail: bytes) -> None:
+    with pytest.raises(ProviderUnavailable) as raised:
+        generate(canned(events(reply(None)) + tail, headers=SSE), idle_timeout_s=5)
+    assert raised.value.billable
 
 
 @pytest.mark.parametrize("body", [reply(None), {}, {"candidates": []}])
@@ -142,7 +191,8 @@ def test_an_odd_429_is_still_a_429(canned: Any, details: Any) -> None:
         (404, {}, BadRequest),
         (408, {}, ProviderUnavailable),
         (500, {}, ProviderUnavailable),
-        (503, {"retryDelay": "2s"}, ProviderUnavailable),
+        (307, {}, BadRequest),
+        (503, {"retryDelay": "2s"}, Overloaded),
     ],
 )
 def test_statuses(canned: Any, status: int, detail: dict[str, Any], error: type[ProviderError]) -> None:
@@ -155,6 +205,13 @@ def test_statuses(canned: Any, status: int, detail: dict[str, Any], error: type[
     if isinstance(raised.value, ProviderUnavailable):
         assert not raised.value.billable
         assert raised.value.retry_after_s == (2 if detail else None)
+
+
+def test_a_missing_model(canned: Any) -> None:
+    message = "models/gemini-9 is not found for API version v1beta, or is not supported for generateContent."
+    with pytest.raises(ModelMissing, match="gemini-9") as raised:
+        generate(canned({"error": {"code": 404, "message": message, "status": "NOT_FOUND"}}, status=404))
+    assert raised.value.hint
 
 
 @pytest.mark.parametrize("body", [b"<html>sign in</html>", b"[]", b"[1]", b'"text"', b'{"candidates": 7}'])
@@ -179,13 +236,21 @@ def test_a_stream(canned: Any) -> None:
 )
 def test_a_stream_that_does_not_end_well_raises(canned: Any, replies: list[Any], error: type[ProviderError]) -> None:
     with pytest.raises(error):
-        stream(canned(events(*replies), headers={"Content-Type": "text/event-stream"}))
+        stream(canned(events(*replies), headers=SSE))
 
 
 def test_without_a_key_it_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMINI_API_KEY")
     with pytest.raises(AuthFailed, match="GEMINI_API_KEY or GOOGLE_API_KEY is not set"):
         GeminiProvider()
+
+
+def test_a_key_of_its_own(canned: Any) -> None:
+    server = canned(reply())
+    generate(server, api_key=" given-key\n")
+    assert server.headers[0]["x-goog-api-key"] == "given-key"
+    with pytest.raises(AuthFailed, match="no key"):
+        GeminiProvider(api_key="")
 
 
 def test_either_variable_will_do(canned: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,25 +2,28 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents import tokens
 from agents.budget import Budget
-from agents.lanes import Lane
+from agents.lanes import Endpoint, GpuThresholds, Lane
+from agents.policy import Policy
 from agents.prices import Price
 from agents.scheduler import Scheduler
 from agents.task import Completion, Outcome, Sampling, Task, Usage
+from config.contracts.gpu import GpuReading
 from config.contracts.sample import Message
 from config.errors import AuthFailed, BadRequest, Blocked, ProviderError, ProviderUnavailable, RateLimited
 
 FAULTS: list[ProviderError | None] = [
     None,  # hangs until the timeout
-    RateLimited("429", retry_after_s=2),
+    RateLimited("429", retry_after_s=20),
     RateLimited("429"),
     RateLimited("the day", per_day=True),
     ProviderUnavailable("dropped"),
@@ -32,12 +35,46 @@ FAULTS: list[ProviderError | None] = [
 ENDS_IN_ERROR = (ProviderUnavailable, RateLimited, AuthFailed, BadRequest)
 
 
-class Unreliable:
-    """A server that checks what it is promised: never more than `slots` at once, never more than `rpm` in 60 s."""
+class Load:
+    """What others do to a GPU: a load in % for STEP_S each, then nothing."""
 
-    def __init__(self, rng: random.Random, faults: list[int], fault_rate: float, slots: int, rpm: int | None, paid: bool) -> None:
+    STEP_S, SETTLED_S, LOW, HIGH = 25.0, 15.0, 30.0, 60.0
+
+    def __init__(self, steps: list[float]) -> None:
+        self.steps = steps
+
+    async def read(self) -> GpuReading | None:
+        return GpuReading(utilization=self._at(anyio.current_time()), own_share=0.0, source="nvml")
+
+    def _at(self, now: float) -> float:
+        number = int(now // self.STEP_S)
+        return self.steps[number] if number < len(self.steps) else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of its slots that a lane may take now; 1.0 also while a new load is not clear yet."""
+        now = anyio.current_time()
+        if now % self.STEP_S < self.SETTLED_S:
+            return 1.0
+        return min(1.0, max(0.0, (self.HIGH - self._at(now)) / (self.HIGH - self.LOW)))
+
+
+class Unreliable:
+    """A server that checks what it is promised: never more than its share of `slots` at once, nor `rpm` in 60 s."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        faults: list[int],
+        fault_rate: float,
+        slots: int,
+        rpm: int | None,
+        paid: bool,
+        loads: list[float] | None,
+    ) -> None:
         self.name = "gemini" if paid else "ollama"
         self.rng, self.faults, self.fault_rate, self.slots, self.rpm = rng, faults, fault_rate, slots, rpm
+        self.gpu = None if loads is None or paid else Load(loads)
         self.in_flight = 0
         self.starts: list[float] = []
         self.most_billed = 0.0
@@ -46,7 +83,7 @@ class Unreliable:
         self.in_flight += 1
         now = anyio.current_time()
         self.starts.append(now)
-        assert self.in_flight <= self.slots
+        assert self.in_flight <= self.slots * (self.gpu.share if self.gpu else 1)
         assert self.rpm is None or len([at for at in self.starts if at > now - 60]) <= self.rpm
         try:
             await anyio.sleep(self.rng.choice([0.0, 0.1, 3.0]))
@@ -72,17 +109,20 @@ class Unreliable:
 class Source:
     def __init__(self, count: int, domains: list[str]) -> None:
         self.tasks = [task(n, domains[n % len(domains)]) for n in range(count)]
-        self.next_one = 0
+        self.left = list(self.tasks)
         self.in_hand = 0
         self.most_in_hand = 0
 
-    def next(self) -> Task | None:
-        if self.next_one == len(self.tasks):
-            return None
-        self.next_one += 1
-        self.in_hand += 1
-        self.most_in_hand = max(self.most_in_hand, self.in_hand)
-        return self.tasks[self.next_one - 1]
+    def next(self, domains: Collection[str]) -> Task | None:
+        found = next((task for task in self.left if task.domain in domains), None)
+        if found:
+            self.left.remove(found)
+            self.in_hand += 1
+            self.most_in_hand = max(self.most_in_hand, self.in_hand)
+        return found
+
+    def remaining(self) -> int:
+        return len(self.left)
 
 
 def task(number: int, domain: str) -> Task:
@@ -96,6 +136,7 @@ LANE = st.fixed_dictionaries(
         "paid": st.booleans(),
         "faults": st.lists(st.integers(0, len(FAULTS) - 1), max_size=4),
         "fault_rate": st.sampled_from([0.05, 0.3, 1.0]),
+        "loads": st.none() | st.lists(st.sampled_from([0.0, 20.0, 45.0, 90.0]), max_size=6),
     }
 )
 
@@ -122,18 +163,33 @@ def test_promises(
 ) -> None:
     rng = random.Random(seed)
     price = Price(1e-5, 1e-4)
-    servers = [Unreliable(rng, spec["faults"], spec["fault_rate"], spec["slots"], spec["rpm"], spec["paid"]) for spec in lanes]
+    servers = [Unreliable(rng, **spec) for spec in lanes]
     ways = [
-        Lane(f"lane{n}", server, "m", server.slots, timeout_s=20, rpm=server.rpm, price=price if spec["paid"] else None)
+        Lane(
+            name=f"lane{n}",
+            provider=server,
+            model="m",
+            endpoint=Endpoint(
+                f"server{n}",
+                queues=not spec["paid"],
+                slots=server.slots,
+                rpm=server.rpm,
+                gpu=GpuThresholds(Load.LOW, Load.HIGH, server.gpu) if server.gpu else None,
+            ),
+            timeout_s=20,
+            price=price if spec["paid"] else None,
+            own=not spec["paid"],
+        )
         for n, (server, spec) in enumerate(zip(servers, lanes, strict=True))
     ]
-    routing = {"rom": ["lane0"]} if split else {}
+    every = [way.name for way in ways]
+    routing = {"asm": every, "rom": ["lane0"] if split else every}
     source = Source(count, ["asm", "rom"])
     budget = Budget(max_usd)
     outcomes: list[Outcome] = []
 
     async def work() -> tuple[str, Exception | None]:
-        scheduler = Scheduler(ways, routing, budget)
+        scheduler = Scheduler(ways, routing, budget, Policy(give_up_s=600))
 
         async def store(outcome: Outcome) -> None:
             await anyio.sleep(store_s)
@@ -142,16 +198,36 @@ def test_promises(
             if len(outcomes) == drain_after:
                 scheduler.drain()
 
-        try:
-            return (await scheduler.run(source, store)).reason, None
-        except ENDS_IN_ERROR as error:
-            return "raised", error
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(check_idle, scheduler, source, routing)
+            try:
+                return (await scheduler.run(source, store)).reason, None
+            except ENDS_IN_ERROR as error:
+                return "raised", error
+            finally:
+                beside.cancel_scope.cancel()
 
     reason, error = virtual(work)
 
     check_end(reason, error, outcomes, source, ways, lanes, drain_after, max_usd)
     check_outcomes(outcomes, "lane0" if split else "")
     check_limits(outcomes, source, servers, budget)
+
+
+async def check_idle(scheduler: Scheduler, source: Source, routing: dict[str, list[str]]) -> None:
+    """A lane with a free slot beside work that it may do has a recorded reason, at every moment that is looked at.
+
+    That it never has more calls than it may is asserted by its server.
+    """
+    for look in range(200):
+        await anyio.sleep(0.0371 * (1 + look / 20))
+        for _ in range(30):  # all that happens at this moment has happened
+            await anyio.lowlevel.checkpoint()
+        domains = {task.domain for task in source.left}
+        for view in scheduler.views():
+            serves = any(view.name in routing[domain] for domain in domains)
+            if serves and source.in_hand < 2 * sum(each.limit for each in scheduler.views()) and view.in_flight < view.limit:
+                assert view.idle not in ("", "no_work"), view
 
 
 def check_end(

@@ -55,3 +55,18 @@ def test_counts_of_a_real_server_lie_between_the_bounds(texts: list[str], count:
 def test_the_lower_bound_is_of_use() -> None:
     assert tokens.at_least(messages("word " * 900)) == 900
     assert tokens.at_least(messages("LDA #$10", "a b")) == 4
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "budget", "most"),
+    [
+        ("gemini", "gemini-2.5-flash", None, 0),
+        ("gemini", "gemini-2.5-pro", None, 128),
+        ("gemini", "gemini-2.5-flash", 512, 512),
+        ("gemini", "gemini-2.5-flash", -1, 24_576),
+        ("gemini", "gemini-2.5-pro", -1, 32_768),
+        ("openai", "o4-mini", None, 0),
+    ],
+)
+def test_thinking_that_may_come_on_top(provider: str, model: str, budget: int | None, most: int) -> None:
+    assert tokens.thinking_at_most(provider, model, budget) == most

@@ -95,3 +95,19 @@ def test_a_loop_with_an_unknown_node_is_refused_before_anything_starts(tmp_path:
     loop.write_text('name = "x"\ncampaign = "demo-campaign.toml"\ntrain = "demo-sft.toml"\nnode = "box"\n')
     with pytest.raises(ConfigError, match='no node "box"'):
         load_loop(load_settings(), loop)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "named", "name"),
+    [
+        ("https://api.openai.com/v1", "", "OPENAI_API_KEY"),
+        ("https://api.openai.com/v1", "MINE", "MINE"),
+        ("https://notopenai.com/v1", "", ""),
+        ("https://openai.com.example.org/v1", "", ""),
+        ("http://127.0.0.1:8000/v1", "", ""),
+        ("http://127.0.0.1:8000/v1", "LAB_KEY", "LAB_KEY"),
+    ],
+)
+def test_openai_s_key_goes_to_openai_alone(base_url: str, named: str, name: str) -> None:
+    lane = LaneSpec.model_validate({"provider": "openai", "model": "m", "base_url": base_url, "api_key_env": named})
+    assert lane.key_name == name

@@ -1,34 +1,23 @@
 """What the store acknowledged is there after a crash, once and whole."""
 
-import errno
-import io
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 
-from campaigns.spec import CampaignSpec
-from campaigns.store import Call, CampaignFiles, Rejected, Store, read_lines, read_rows
+from campaigns.rows import read_lines, read_rows
+from campaigns.seen import answer_id
+from campaigns.store import Call, Rejected, Store
 from config.contracts.sample import Message, Provenance, Sample
-from config.errors import ConfigError, DiskFull, SpecChanged, StoreCorrupt, StoreHeld
-from config.settings import load_settings
-
-LANE = {"provider": "ollama", "model": "m", "host": "h"}
+from config.errors import ConfigError, SpecChanged, StoreCorrupt, StoreHeld
+from tests.fakes.campaign_rows import files, spec, store
 
 
-def spec(**changes: object) -> CampaignSpec:
-    return CampaignSpec.model_validate({"name": "x", "target": 9, "domains": {"asm": 1}, "lanes": {"l": LANE}, **changes})
-
-
-def files() -> CampaignFiles:
-    return CampaignFiles(load_settings(), "x")
-
-
-def call(number: int, verdict: str = "accepted") -> Call:
-    return Call(task_id=f"t{number}", domain="asm", cell="a", number=number, verdict=verdict, cost_usd=0.5)
+def call(number: int, verdict: str = "accepted", answer: str = "1") -> Call:
+    made = {"task_id": f"t{number}", "domain": "asm", "cell": "a", "number": number, "verdict": verdict, "cost_usd": 0.5}
+    return Call.model_validate({**made, "answer": answer if verdict == "accepted" else ""})
 
 
 def sample(number: int) -> Sample:
@@ -42,8 +31,8 @@ def rejected(number: int) -> Rejected:
     return Rejected.model_validate({**row, "reason": "flags"})
 
 
-def store(**changes: object) -> Store:
-    return Store(files(), spec(**changes), "1")
+def calls() -> list[Call]:
+    return list(read_rows(files().calls, Call))
 
 
 def test_lines_are_there_when_append_returns_and_share_their_fsyncs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +63,7 @@ def test_a_torn_tail_is_cut_off_and_what_follows_is_whole() -> None:
         with open(path, "ab") as file:
             file.write(b'{"id": "to')
     with store() as opened:
-        assert [one.task_id for one in opened.calls()] == ["t0"]
+        assert [one.task_id for one in calls()] == ["t0"]
         anyio.run(opened.append, call(1), sample(1))
     assert [row["id"] for row in read_lines(files().samples)] == ["t0", "t1"]
 
@@ -88,33 +77,12 @@ def test_a_crash_between_row_and_call_is_mended_with_its_cost(verdict: str) -> N
         file.write(row.model_dump_json() + "\n")
     for _ in range(2):  # mended once, not twice
         with store() as opened:
-            calls = list(opened.calls())
-    assert [(one.task_id, one.verdict, one.number, one.cost_usd) for one in calls] == [
+            assert opened.tally.calls == 2
+            assert opened.tally.counts.cost_usd == 1.0
+    assert [(one.task_id, one.verdict, one.number, one.cost_usd) for one in calls()] == [
         ("t0", "accepted", 0, 0.5),
         ("t1", verdict, 1, 0.5),
     ]
-
-
-class Full(io.FileIO):
-    """A file on a disk that has room for ten more bytes."""
-
-    def write(self, data: Any) -> int:
-        if len(data) > 10:
-            return super().write(data[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_is_an_error_that_leaves_whole_lines() -> None:
-    with store() as opened:
-        anyio.run(opened.append, call(0), sample(0))
-        opened._open[files().calls].close()
-        opened._open[files().calls] = Full(files().calls, "r+")
-        with pytest.raises(DiskFull, match="calls.jsonl"):
-            anyio.run(opened.append, call(1), sample(1))
-    assert files().calls.read_bytes().count(b"\n") == 1
-    assert files().calls.read_bytes().endswith(b"\n")
-    with store() as opened:  # the row that got there is owed its call line, and gets it
-        assert [one.task_id for one in opened.calls()] == ["t0", "t1"]
 
 
 def test_a_second_process_is_told_who_holds_the_campaign() -> None:
@@ -156,25 +124,24 @@ def test_rows_of_another_shape_and_a_foreign_spec_are_named(tmp_path: Path) -> N
         pass
 
 
-def test_nobody_whose_line_shared_a_failed_write_believes_it_is_there() -> None:
-    refused: list[int] = []
-
-    async def one(opened: Store, number: int) -> None:
-        try:
-            await opened.append(call(number), sample(number))
-        except DiskFull:
-            refused.append(number)
-
-    async def many(opened: Store) -> None:
-        async with anyio.create_task_group() as group:
-            for number in range(5):
-                group.start_soon(one, opened, number)
-
+def test_an_answer_is_claimed_once_and_known_after_a_restart() -> None:
+    answer = answer_id("s", "c")
     with store() as opened:
-        opened._open[files().calls].close()
-        opened._open[files().calls] = Full(files().calls, "r+")
-        anyio.run(many, opened)
-    assert sorted(refused) == list(range(5))
+        assert opened.claim(answer)
+        assert not opened.claim(answer)
+    with store() as opened:
+        assert opened.claim(answer), "it was claimed but never written"
+        anyio.run(opened.append, call(0, answer=answer), sample(0))
+        assert not opened.claim(answer)
+    with store() as opened:
+        assert not opened.claim(answer)
+
+
+def test_the_spec_is_kept_with_the_folder_that_its_sources_start_at(tmp_path: Path) -> None:
+    with Store(files(), spec(), "1", tmp_path / "specs"):
+        pass
+    record = json.loads(files().spec.read_text())
+    assert (record["hafs"], record["folder"]) == ("1", str(tmp_path / "specs"))
 
 
 def test_a_campaign_cannot_take_the_name_of_a_set_of_pairs() -> None:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import StoreError, StoreHeld
-from config.locks import FileLock, alone, holder
+from config.locks import FileLock, Instant, alone, holder
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -45,3 +46,23 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
         FileLock(tmp_path / "file" / "lock").acquire()
+
+
+def test_an_instant_is_one_holders_at_a_time_and_ends_with_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    script = (
+        "import os, sys; from config.locks import Instant\n"
+        f"with Instant(os.open({str(path)!r}, os.O_RDWR)): print('held', flush=True); sys.stdin.read()"
+    )
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    with Instant(handle):
+        child = subprocess.Popen([sys.executable, "-P", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder(path) is not None
+    assert child.stdout is not None and child.stdout.readline() == b"held\n", "it came in once the lock was free"
+    assert holder(path) is not None
+    child.kill()
+    child.communicate()
+    with Instant(handle):
+        assert holder(path) is not None
+    assert holder(path) is None
+    os.close(handle)

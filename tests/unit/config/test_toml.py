@@ -40,14 +40,14 @@ def test_a_misspelt_key_at_the_top(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_key_in_a_table_that_the_person_named(tmp_path: Path) -> None:
-    error = refused(tmp_path, GOOD.replace("model =", "modle ="))
-    assert 'spec.toml:8: unknown key "lanes.gpu.modle"' in str(error)
+    error = refused(tmp_path, GOOD.replace("model =", "modell ="))
+    assert 'spec.toml:8: unknown key "lanes.gpu.modell"' in str(error)
     assert error.hint == 'did you mean "model"?'
 
 
 def test_a_missing_key_names_its_table(tmp_path: Path) -> None:
-    error = refused(tmp_path, GOOD.replace('model = "m"\n', ""))
-    assert 'spec.toml:5: the key "lanes.gpu.model" is missing' in str(error)
+    error = refused(tmp_path, GOOD.replace('provider = "ollama"\n', ""))
+    assert 'spec.toml:5: the key "lanes.gpu.provider" is missing' in str(error)
 
 
 def test_a_wrong_value_is_shown(tmp_path: Path) -> None:
@@ -82,3 +82,10 @@ def test_every_preset_loads(path: Path) -> None:
 
     kinds = {"campaign": CampaignSpec, "sft": JobSpec, "dpo": JobSpec, "nodes": NodesFile}
     load_toml(path, kinds.get(path.stem.rsplit("-")[-1], LoopSpec))
+
+
+def test_the_line_of_an_entry_of_an_array_of_tables() -> None:
+    text = '[[price]]\nmodel = "a"\n\n[[price]]\nmodel = "b"\n[[other]]\nmodel = "c"\n'
+    assert [line_of(text, ["price", str(n), "model"]) for n in (0, 1)] == [2, 5]
+    assert line_of(text, ["price", "1", "input"]) == 4
+    assert line_of(text, ["other", "0", "model"]) == 7

@@ -215,7 +215,7 @@ def test_a_bug_is_a_reply_and_a_traceback_on_stderr(root: Path, job: TrainJob, c
 
 
 def test_it_answers_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
-    heavy = "{'torch', 'transformers', 'httpx', 'numpy', 'datasets', 'xllamacpp', 'psutil', 'zstandard'}"
+    heavy = "{'torch', 'transformers', 'httpx', 'numpy', 'datasets', 'xllamacpp', 'psutil', 'zstandard', 'pynvml'}"
     script = (
         f"import sys, trainer_node.cli, trainer_node.rpc; sys.exit(str(found) if (found := {heavy} & set(sys.modules)) else 0)"
     )
@@ -254,3 +254,9 @@ def test_a_model_that_is_not_there_is_said(root: Path) -> None:
     models, artifacts = ask(root, b'{"verb": "models"}\n', request("artifacts", wire.ArtifactsArgs(model="../../etc")))
     assert result(models) == {"models": []}
     assert code(artifacts) == "JobNotFound"
+
+
+def test_the_gpu_is_looked_at_or_it_is_said_why_not(root: Path) -> None:
+    gpu, ping = ask(root, b'{"verb": "gpu"}\n', PING)
+    found = wire.GpuResult.model_validate(result(gpu))
+    assert (found.reading is None) == bool(found.missing) and result(ping)
