@@ -190,7 +190,7 @@ class Campaign:
     def _release(self, outcome: Outcome) -> None:
         """What is on the disk here need not be kept there any more."""
         lane = self._lanes.get(outcome.lane)
-        if lane and outcome.completion and isinstance(lane.provider, KeepsAnswers):
+        if lane and lane.keeps and outcome.completion and isinstance(lane.provider, KeepsAnswers):
             lane.provider.stored(lane.model, outcome.task.messages, outcome.task.sampling)
 
     def _judged(
