@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import anyio
 
-EVERY_S = 10.0
+EVERY_S = 5.0
 
 
 def trimmer() -> Callable[[int], int] | None:
