@@ -29,7 +29,7 @@ model = "{model}"
 slots = 4
 
 [notify]
-command = ["{python}", "-c", "import sys; open('notice.json', 'w').write(sys.stdin.read())"]
+command = ["{python}", "-c", "import sys; open('{notice}', 'w').write(sys.stdin.read())"]
 """
 
 
@@ -50,7 +50,8 @@ def url(tmp_path: Path) -> Iterator[str]:
 def write(tmp_path: Path) -> Callable[..., Path]:
     def written(url: str, *, model: str = "teacher", target: int = 5000) -> Path:
         path = tmp_path / "away.toml"
-        path.write_text(SPEC.format(url=url, model=model, target=target, python=sys.executable))
+        notice = (tmp_path / "notice.json").as_posix()
+        path.write_text(SPEC.format(url=url, model=model, target=target, python=sys.executable, notice=notice))
         return path
 
     return written
@@ -82,7 +83,7 @@ def accepted() -> int:
 
 
 def test_it_survives_its_terminal_and_is_stopped_and_resumed_from_another(
-    home: Path, url: str, write: Callable[..., Path]
+    home: Path, tmp_path: Path, url: str, write: Callable[..., Path]
 ) -> None:
     path = write(url)
     controller, terminal = pty.openpty()
@@ -108,7 +109,7 @@ def test_it_survives_its_terminal_and_is_stopped_and_resumed_from_another(
     assert " start target=5000 " in log[0]
     assert any("stop was asked for: what runs is finished" in line for line in log)
     assert "end reason=drained" in log[-1] or "notify" in log[-1]
-    assert json.loads((home / "logs" / "notice.json").read_text())["occasion"] == "end"
+    assert json.loads((tmp_path / "notice.json").read_text())["occasion"] == "end"
 
     path.unlink()  # what is stored of it is enough
     done = accepted()
@@ -118,13 +119,13 @@ def test_it_survives_its_terminal_and_is_stopped_and_resumed_from_another(
     assert accepted() == done + 20
 
 
-def test_stop_now_cancels(home: Path, url: str, write: Callable[..., Path]) -> None:
+def test_stop_now_cancels(home: Path, tmp_path: Path, url: str, write: Callable[..., Path]) -> None:
     run("start", write(url), "-d")
     wait_for("samples", lambda: accepted() > 0)
     told = run("stop", "away", "--now")
     assert "it cancels" in told
     assert status()["state"] == "stopped"
-    assert json.loads((home / "logs" / "notice.json").read_text())["accepted"] == accepted()
+    assert json.loads((tmp_path / "notice.json").read_text())["accepted"] == accepted()
     assert json.loads((home / "training" / "away" / "live.json").read_text())["end"]["new"] == accepted()
     assert "is not running" in run("stop", "away")
 
