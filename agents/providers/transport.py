@@ -68,6 +68,9 @@ def timeouts() -> httpx.Timeout:
     return httpx.Timeout(SILENCE_S, connect=CONNECT_S, pool=None)
 
 
+_NAMES_THE_HOST = re.compile(r"^Cannot connect to host \S+ ssl:.+? \[(.+)\]$")  # aiohttp's words: ours name it already
+
+
 @contextmanager
 def translate_transport_errors(host: str, refused_hint: str, secret: str = "") -> Iterator[None]:
     """Turn what the transport raises into ProviderUnavailable naming `host`; `refused_hint` is for a server that is not there."""
@@ -76,6 +79,7 @@ def translate_transport_errors(host: str, refused_hint: str, secret: str = "") -
     except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, aiohttp.ClientError, OSError) as error:
         what = clip(str(error) or type(error).__name__, secret)
         if _never_reached(error):
+            what = _NAMES_THE_HOST.sub(r"\1", what)
             raise ProviderUnavailable(f"cannot connect to {host}: {what}", billable=False, hint=refused_hint) from None
         raise ProviderUnavailable(f"the connection to {host} broke: {what}", hint="look at the server's log") from None
 

@@ -106,6 +106,7 @@ def test_nobody_there_costs_nothing(name: str) -> None:
         with pytest.raises(ProviderUnavailable, match="cannot connect to http://127.0.0.1:9") as raised:
             await provider.generate("model", QUESTION, Sampling())
         assert not raised.value.billable and raised.value.hint
+        assert str(raised.value).lower().count("cannot connect") == 1
         await provider.aclose()
 
     anyio.run(work)
