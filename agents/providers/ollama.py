@@ -5,12 +5,10 @@
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import ollama
 
 from agents import tokens
@@ -21,18 +19,18 @@ from agents.providers.transport import (
     checked_key,
     clip,
     decoded_schema,
-    in_time,
     judged,
     require_whole,
     retry_after_s,
-    timeouts,
-    translate_transport_errors,
 )
+from agents.providers.wire import Refusal, Wire
 from agents.task import Completion, FinishReason, Sampling, Usage
+from config.contracts.base import Tolerant
 from config.contracts.sample import Message
 from config.errors import AuthFailed, BadRequest, ModelMissing, Overloaded, ProviderError, ProviderUnavailable, RateLimited
 
 KEY_VARIABLE = "OLLAMA_API_KEY"
+_INSIDE = -1  # the status of an error inside an answer that began with 200
 _FINISH: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 # Ollama answers 500 also to what no retry can mend: an option of a wrong type, a format that is no schema.
 _BAD_500 = re.compile(r"^option |invalid format|invalid option", re.IGNORECASE)
@@ -51,15 +49,63 @@ class PullProgress:
     total_bytes: int
 
 
+class _Error(Tolerant):
+    error: Any = None
+
+
 class _Client(ollama.AsyncClient):
-    """The SDK, with two fields of a chat that it does not know: an overlong prompt is refused (`truncate`), and a long answer
-    does not push the start of the prompt out of the window (`shift`).
+    """The SDK over our wire, which is lighter than httpx and keeps the headers of an error. A chat gets two fields that the SDK
+    does not know: an overlong prompt is refused (`truncate`), and a long answer does not push the start of the prompt out of the
+    window (`shift`).
     """
 
-    async def _request(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if "/api/chat" in args:
-            kwargs["json"] |= {"truncate": False, "shift": False}
-        return await super()._request(cls, *args, **kwargs)
+    def __init__(self, host: str, key: str, idle_timeout_s: float | None) -> None:
+        super().__init__(host=host, transport=aiohttp_transport(trust_env=False))  # never opened: for how it reads an address
+        self._host = host
+        self._idle_timeout_s = idle_timeout_s
+        self.wire = Wire(
+            str(self._client.base_url),
+            name=host,
+            api="Ollama",
+            refused=self._refused,
+            hint=_REFUSED_HINT,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+            secret=key,
+        )
+
+    async def _request(self, cls: Any, *args: Any, json: Any = None, stream: bool = False, **_: Any) -> Any:
+        method, path = args
+        if path == "/api/chat":
+            json |= {"truncate": False, "shift": False}
+
+        def read(document: bytes) -> Any:
+            if b'"error"' in document and (told := _Error.model_validate_json(document).error):
+                raise self.wire.error_inside({"error": told}, _INSIDE, begun=False)
+            return cls.model_validate_json(document)
+
+        if stream:
+            return self.wire.stream(path, json, read, self._idle_timeout_s)
+        return await (self.wire.get(path, read) if method == "GET" else self.wire.post(path, json, read))
+
+    def _refused(self, refusal: Refusal) -> ProviderError:
+        told = refusal.body.get("error") if isinstance(refusal.body, dict) else None
+        text, status = clip(str(told)) if told else refusal.text, refusal.status
+        what = f"{self._host}: {text}"
+        if status == 429:
+            return RateLimited(what, retry_after_s=retry_after_s(refusal.headers), hint="lower the lane's slots")
+        if status == 503:
+            return Overloaded(what, retry_after_s=retry_after_s(refusal.headers), hint="lower the lane's slots")
+        if missing := _MISSING.search(text):
+            return ModelMissing(what, hint=f"on that machine run: ollama pull {missing[1]}")
+        if _UNKNOWN in text:
+            return ModelMissing(what, hint="check the model's name at https://ollama.com/library")
+        if _TOO_LONG.search(text):
+            return BadRequest(what, hint="raise num_ctx under [sampling], or shorten the prompt")
+        if status in (401, 403):
+            return AuthFailed(what, hint="set OLLAMA_API_KEY, or check who may use that server")
+        if 300 <= status < 500 or status == 501 or _BAD_500.search(text):
+            return BadRequest(what, hint="the model or the server's version does not support this request")
+        return ProviderUnavailable(what, billable=status == _INSIDE, hint="look at the server's log")
 
 
 class OllamaProvider:
@@ -79,26 +125,17 @@ class OllamaProvider:
 
     def __init__(self, host: str = "", *, idle_timeout_s: float | None = None, api_key: str = "") -> None:
         self.host = checked_address(host or os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434", "the host of Ollama")
-        self._idle_timeout_s = idle_timeout_s
-        self._key = checked_key(api_key or os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
-        self._transport = aiohttp_transport(trust_env=False)
-        self._client = _Client(
-            host=self.host,
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            transport=self._transport,
-            timeout=timeouts(),
-            follow_redirects=False,
-            event_hooks={"response": [self._heed_retry_after]},
-        )
+        self._streamed = idle_timeout_s is not None
+        key = checked_key(api_key or os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
+        self._client = _Client(self.host, key, idle_timeout_s)
 
     async def generate(self, model: str, messages: Sequence[Message], sampling: Sampling) -> Completion:
         floor = _refuse_too_long(messages, sampling)
         started = time.perf_counter()
-        if self._idle_timeout_s is None:
-            with self._translated():
-                parts = [await self._client.chat(**_request(model, messages, sampling), stream=False)]
-        else:
+        if self._streamed:
             parts = [part async for part in self._parts(model, messages, sampling)]
+        else:
+            parts = [await self._client.chat(**_request(model, messages, sampling), stream=False)]
         latency_s = time.perf_counter() - started
         text = "".join(part.message.content or "" for part in parts)
         finish, detail = judged(text, *self._ended(parts[-1] if parts else None, floor, sampling), sampling)
@@ -114,9 +151,7 @@ class OllamaProvider:
         require_whole(self.host, *self._ended(last, floor, sampling), sampling)
 
     async def models(self) -> list[str]:
-        with self._translated():
-            listing = await self._client.list()
-        return [entry.model for entry in listing.models if entry.model]
+        return [entry.model for entry in (await self._client.list()).models if entry.model]
 
     async def pull(self, model: str) -> AsyncIterator[PullProgress]:
         """Fetch a model to the server; ends when it is there.
@@ -126,24 +161,18 @@ class OllamaProvider:
             ProviderUnavailable: the server, or its way to the registry, failed; what was fetched is kept there.
         """
         step = ""
-        with self._translated():
-            async for line in await self._client.pull(model, stream=True):
-                step = line.status or ""
-                yield PullProgress(step, line.completed or 0, line.total or 0)
+        async for line in await self._client.pull(model, stream=True):
+            step = line.status or ""
+            yield PullProgress(step, line.completed or 0, line.total or 0)
         if step != "success":
             raise ProviderUnavailable(f"{self.host} broke off fetching {model} ({step or 'no word'})", hint="run it again")
 
     async def aclose(self) -> None:
-        await self._transport.aclose()
+        await self._client.wire.aclose()
 
     async def _parts(self, model: str, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[ollama.ChatResponse]:
-        with self._translated():
-            parts = await self._client.chat(**_request(model, messages, sampling), stream=True)
-            begin = await anext(parts, None)  # a request may wait long for its turn: the clock starts with the answer
-            if begin is not None:
-                yield begin
-                async for part in in_time(parts, self._idle_timeout_s, self.host):
-                    yield part
+        async for part in await self._client.chat(**_request(model, messages, sampling), stream=True):
+            yield part
 
     def _ended(self, last: ollama.ChatResponse | None, floor: int, sampling: Sampling) -> tuple[FinishReason, str]:
         if last is None or not last.done or not last.done_reason:
@@ -153,43 +182,6 @@ class OllamaProvider:
             return "other", PROMPT_CUT  # the model answered a part of the prompt
         finish = _FINISH.get(last.done_reason, "other")
         return finish, "" if finish == "stop" else last.done_reason
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            with translate_transport_errors(self.host, _REFUSED_HINT, self._key):
-                yield
-        except ollama.ResponseError as error:
-            raise self._error(error.status_code, clip(str(error.error), self._key)) from None
-        except (ValueError, TypeError, AttributeError) as error:  # no JSON, or of a shape that the SDK stumbles over
-            what = clip(str(error), self._key)
-            raise ProviderUnavailable(f"{self.host} does not answer as Ollama does: {what}", hint="check the host") from None
-
-    def _error(self, status: int, text: str) -> ProviderError:
-        """`status` is -1 for an error inside an answer that began with 200."""
-        what = f"{self.host}: {text}"
-        if missing := _MISSING.search(text):
-            return ModelMissing(what, hint=f"on that machine run: ollama pull {missing[1]}")
-        if _UNKNOWN in text:
-            return ModelMissing(what, hint="check the model's name at https://ollama.com/library")
-        if _TOO_LONG.search(text):
-            return BadRequest(what, hint="raise num_ctx under [sampling], or shorten the prompt")
-        if status in (401, 403):
-            return AuthFailed(what, hint="set OLLAMA_API_KEY, or check who may use that server")
-        if 300 <= status < 500 or status == 501 or _BAD_500.search(text):
-            return BadRequest(what, hint="the model or the server's version does not support this request")
-        return ProviderUnavailable(what, billable=status < 0, hint="look at the server's log")
-
-    async def _heed_retry_after(self, response: httpx.Response) -> None:
-        # A hook, because the SDK's own error leaves the headers out.
-        if response.status_code not in (429, 503):
-            return
-        await response.aread()
-        what = f"{self.host}: {clip(str(ollama.ResponseError(response.text).error), self._key)}"
-        wait_s = retry_after_s(response.headers)
-        if response.status_code == 429:
-            raise RateLimited(what, retry_after_s=wait_s, hint="lower the lane's slots")
-        raise Overloaded(what, retry_after_s=wait_s, hint="lower the lane's slots")
 
 
 def _refuse_too_long(messages: Sequence[Message], sampling: Sampling) -> int:

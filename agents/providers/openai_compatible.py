@@ -110,6 +110,7 @@ class OpenAIProvider:
         self._wire = Wire(
             base_url,
             name=base_url,
+            api="OpenAI",
             refused=self._refused,
             hint="start the server, or check the lane's base_url",
             headers={"Authorization": f"Bearer {key}"} if key else None,
@@ -139,7 +140,7 @@ class OpenAIProvider:
         require_whole(self.host, *self._ended(ends), sampling)
 
     async def models(self) -> list[str]:
-        return [entry.id for entry in (await self._wire.get("/models", _Models)).data]
+        return [entry.id for entry in (await self._wire.get("/models", _Models.model_validate_json)).data]
 
     async def aclose(self) -> None:
         await self._wire.aclose()
@@ -165,13 +166,14 @@ class OpenAIProvider:
 
     async def _sent(self, body: dict[str, Any], streamed: bool) -> AsyncIterator[_Part]:
         if not streamed:
-            part = await self._wire.post("/chat/completions", body, _Part)
+            part = await self._wire.post("/chat/completions", body, _Part.model_validate_json)
             if part.error and not part.choices:  # some gateways tell errors with 200
                 raise self._wire.error_inside({"error": part.error}, _code(part.error), begun=False)
             yield part
             return
         begun = False
-        async with aclosing(self._wire.stream("/chat/completions", body, _Part, self._idle_timeout_s)) as parts:
+        stream = self._wire.stream("/chat/completions", body, _Part.model_validate_json, self._idle_timeout_s)
+        async with aclosing(stream) as parts:
             async for part in parts:
                 if part.error:
                     raise self._wire.error_inside({"error": part.error}, _code(part.error), begun=begun)

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from agents.addresses import at_home
 from agents.providers.transport import clip, hide, in_time, open_session, translate_transport_errors
 from config.errors import BadRequest, ProviderError, ProviderUnavailable
 
-Shape = TypeVar("Shape", bound=BaseModel)
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Wire:
     Args:
         url: what every path is put behind.
         name: the server in messages.
+        api: whose API the server is said to speak.
         refused: turns an error answer into an error of ours.
         headers: sent with every request.
         secret: a key; it occurs in no message.
@@ -50,6 +51,7 @@ class Wire:
         url: str,
         *,
         name: str,
+        api: str,
         refused: Callable[[Refusal], ProviderError],
         hint: str,
         headers: Mapping[str, str] | None = None,
@@ -58,6 +60,7 @@ class Wire:
     ) -> None:
         self._url = url.rstrip("/")
         self._name = name
+        self._api = api
         self._refused = refused
         self._hint = hint
         self._headers = {"Content-Type": "application/json", **(headers or {})}
@@ -65,26 +68,26 @@ class Wire:
         self._proxy = proxy and not at_home(urlsplit(url).hostname or "")
         self._opened: aiohttp.ClientSession | None = None
 
-    async def get(self, path: str, shape: type[Shape]) -> Shape:
-        """Raises ProviderError."""
+    async def get(self, path: str, read: Callable[[bytes], Read]) -> Read:
+        """What `read` makes of the reply; it may raise pydantic's ValidationError. Raises ProviderError."""
         async with self._request("GET", path, None) as reply:
-            return shape.model_validate_json(await reply.read())
+            return read(await reply.read())
 
-    async def post(self, path: str, body: object, shape: type[Shape]) -> Shape:
-        """Raises ProviderError."""
+    async def post(self, path: str, body: object, read: Callable[[bytes], Read]) -> Read:
+        """As `get`."""
         async with self._request("POST", path, body) as reply:
-            return shape.model_validate_json(await reply.read())
+            return read(await reply.read())
 
     async def stream(
-        self, path: str, body: object, shape: type[Shape], idle_timeout_s: float | None = None
-    ) -> AsyncGenerator[Shape]:
-        """The JSON documents of a reply, as they come: lines of NDJSON, or events.
+        self, path: str, body: object, read: Callable[[bytes], Read], idle_timeout_s: float | None = None
+    ) -> AsyncGenerator[Read]:
+        """What `read` makes of each JSON document of a reply, as they come: lines of NDJSON, or events.
 
         `idle_timeout_s` is how long none may come once the reply has begun. Raises ProviderError.
         """
         async with self._request("POST", path, body) as reply:
             async for document in in_time(_documents(reply.content), idle_timeout_s, self._name):
-                yield shape.model_validate_json(document)
+                yield read(document)
 
     async def aclose(self) -> None:
         if self._opened is not None:
@@ -132,7 +135,7 @@ class Wire:
         except ValidationError as error:
             what = error.errors(include_url=False, include_input=False, include_context=False)[0]["msg"]
             raise ProviderUnavailable(
-                f"{self._name} does not answer as OpenAI does: {what}", hint="check the lane's base_url"
+                f"{self._name} does not answer as {self._api} does: {what}", hint="check the lane's address"
             ) from None
 
 

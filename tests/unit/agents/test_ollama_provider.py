@@ -111,7 +111,6 @@ def test_a_prompt_that_the_server_cut_is_noticed(canned: Any) -> None:
         (404, "model 'base' not found", ModelMissing),
         (404, "404 page not found", BadRequest),
         (400, "request (8889 tokens) exceeds the available context size (4096 tokens), try increasing it", BadRequest),
-        (307, "Temporary Redirect", BadRequest),
         (400, '"base" does not support chat', BadRequest),
         (501, "this model does not support embeddings", BadRequest),
         (500, 'option "num_ctx" must be of type integer', BadRequest),
