@@ -11,7 +11,7 @@ demo: $(VENV)/.run
 	HAFS_HOME=.demo $(VENV)/bin/hafs run config/presets/$(if $(GEMINI),demo-gemini,demo).toml
 
 test: system $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile
 
 # The fault tests at full length; `make test` runs a tenth of them.
 soak: system $(VENV)/.dev

@@ -164,7 +164,6 @@ class _Opening:
         provider = GeminiProvider(
             base_url=lane.base_url, thinking_budget=lane.thinking_budget, idle_timeout_s=lane.idle_timeout, api_key=key
         )
-        provider.prepare()
         return provider, f"{lane.base_url} {key}"
 
     def _openai(self) -> tuple[Provider, str]:

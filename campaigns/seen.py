@@ -1,4 +1,4 @@
-"""Which answers there are already, in 8 to 24 bytes each.
+"""Which answers there are already, in 10 to 20 bytes each.
 
 Only 64 bits of an answer's SHA-256 are kept, so a new answer can be taken for one that is there: with n answers the chance is
 n / 2^64, which is one in 18 million million for a million answers. The sample is then rejected as a duplicate, nothing else.
@@ -18,7 +18,7 @@ def answer_id(source_id: str, completion: str) -> str:
 
 
 class Seen:
-    """A set of 64-bit hashes: open addressing in one array, at most two thirds full. Zero marks a free slot."""
+    """A set of 64-bit hashes: open addressing in one array, at most four fifths full. Zero marks a free slot."""
 
     def __init__(self, slots: "array[int] | None" = None, count: int = 0) -> None:
         """`slots` and `count` are those of another table, kept meanwhile as bytes."""
@@ -37,7 +37,7 @@ class Seen:
             return
         self.slots[place] = value or 1
         self._count += 1
-        if 3 * self._count > 2 * len(self.slots):
+        if 5 * self._count > 4 * len(self.slots):
             self.slots = _table(self.slots, 2 * len(self.slots))
 
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import sys
@@ -11,8 +12,6 @@ from typing import Any
 
 import hypothesis
 import pytest
-
-MISSING: dict[str, list[str]] = {}  # program -> tests that need it
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +49,6 @@ def _needs(request: pytest.FixtureRequest) -> Iterator[None]:
     for marker in request.node.iter_markers("needs"):
         for tool in marker.args:
             if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
-                MISSING.setdefault(tool, []).append(request.node.nodeid)
                 if os.environ.get("CI") == "true":
                     pytest.fail(f"{tool} is not installed")
                 pytest.skip(f"needs {tool}")
@@ -58,5 +56,9 @@ def _needs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for tool, tests in MISSING.items():
+    missing: dict[str, list[str]] = {}  # program -> tests that need it
+    for report in terminalreporter.stats.get("skipped", []):
+        if found := re.search(r"needs (\S+)$", str(report.longrepr[2])):
+            missing.setdefault(found[1], []).append(report.nodeid)
+    for tool, tests in missing.items():
         terminalreporter.write_line(f"{tool} is not installed; not run: {', '.join(tests)}")

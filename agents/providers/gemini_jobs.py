@@ -4,19 +4,23 @@ Requests travel as an uploaded file and answers as a file too, each line with it
 order, nor always hand the metadata of inline requests back (https://github.com/googleapis/python-genai/issues/1909 and 2008).
 """
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from google.genai import types
-from pydantic import BaseModel
+import aiohttp
+from google import genai
+from google.genai import errors, types
 
+from agents.addresses import at_home
 from agents.providers.batch_journal import Json, parse_answers
-from agents.providers.gemini import GeminiProvider, _contents, _usage
-from agents.providers.transport import clip, hide
+from agents.providers.gemini import NETWORK_HINT, GeminiProvider, Part
+from agents.providers.transport import SILENCE_S, clip, hide, open_session, translate_transport_errors
+from agents.providers.wire import Refusal
 from agents.task import Completion, Sampling, Usage
-from config.contracts.sample import Message
 from config.errors import BadRequest, ProviderError, ProviderUnavailable
 
 _PAGE = 100
@@ -35,6 +39,38 @@ class Job:
 
 class BatchJobs(GeminiProvider):
     """The jobs of one key, beside what it does online. Every method raises what `Provider.generate` raises."""
+
+    _session: aiohttp.ClientSession | None = None
+
+    @cached_property
+    def _client(self) -> genai.Client:
+        # Made with the first call: the session belongs to the running event loop. With a session of one's own the SDK sends over
+        # aiohttp directly; retry_options keep it from trying again by itself after a connection error.
+        self._session = open_session(trust_env=not self._base_url or not at_home(urlsplit(self._base_url).hostname or ""))
+        options = types.HttpOptions(
+            api_version="v1beta",
+            base_url=self._base_url or None,
+            async_client_args={"allow_redirects": False},
+            timeout=round(1000 * SILENCE_S),
+            aiohttp_client=self._session,
+            retry_options=types.HttpRetryOptions(attempts=1),
+        )
+        return genai.Client(api_key=self._key, vertexai=False, http_options=options)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            with translate_transport_errors(self.host, NETWORK_HINT, self._key):
+                yield
+        except errors.APIError as error:
+            code = error.code if isinstance(error.code, int) else 500
+            headers = getattr(error.response, "headers", None) or {}
+            told = str(error.message or error.status or error.code)
+            raise self._refused(Refusal(code, headers, error.details, told)) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            # No JSON (a proxy's page), or of a shape that the SDK stumbles over.
+            what = clip(str(error), self._key)
+            raise ProviderUnavailable(f"{self.host} does not answer as Gemini does: {what}") from None
 
     async def upload(self, lines: Path) -> str:
         """Send a file of requests; returns its name there. The server removes it after two days."""
@@ -82,14 +118,6 @@ class BatchJobs(GeminiProvider):
         with self._translated():
             await self._client.aio.batches.cancel(name=name)
 
-    def request(self, model: str, messages: Sequence[Message], sampling: Sampling) -> Json:
-        """The body of one request, in the API's own JSON."""
-        config = _json(self._config(model, messages, sampling))
-        del config["automaticFunctionCalling"]  # an option of the SDK alone
-        system = config.pop("systemInstruction", "")
-        body: Json = {"contents": _contents(messages), "generationConfig": config}
-        return body | {"systemInstruction": {"parts": [{"text": system}]}} if system else body
-
     def completion(self, line: Json, model: str, sampling: Sampling, latency_s: float) -> Completion:
         """What a line of answers says.
 
@@ -100,7 +128,13 @@ class BatchJobs(GeminiProvider):
         if "response" not in line:
             raise self._refusal(line.get("error"))
         with self._translated():
-            return self._completion([_reply(line)], model, sampling, latency_s)
+            return self.completed([Part.model_validate(line["response"])], model, sampling, latency_s)
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._client.aio.aclose()
+            await self._session.close()
+        await super().aclose()
 
     def _hidden(self, line: bytes) -> bytes:
         return hide(line.decode(errors="replace"), self._key).encode()
@@ -114,13 +148,4 @@ class BatchJobs(GeminiProvider):
 
 def usage(line: Json) -> Usage:
     """The tokens that an answer was billed for."""
-    return _usage(_reply(line))
-
-
-def _reply(line: Json) -> types.GenerateContentResponse:
-    # As the SDK reads a response: fields that it does not know yet are left out (of the copy) instead of refused.
-    return types.GenerateContentResponse._from_response(response=copy.deepcopy(line["response"]), kwargs={})
-
-
-def _json(value: BaseModel) -> Json:
-    return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return Part.model_validate(line["response"]).usage

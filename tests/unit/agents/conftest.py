@@ -28,9 +28,11 @@ class CannedServer:
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.asked: list[dict[str, str]] = []
 
     async def _answer(self, request: web.Request) -> web.Response:
         self.paths.append(request.path)
+        self.asked.append(dict(request.query))
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.requests.append(await request.json() if request.can_read_body else {})
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
