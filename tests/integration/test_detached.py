@@ -142,6 +142,20 @@ def test_a_foreground_campaign_heeds_a_stop_too(home: Path, url: str, write: Cal
     assert "stopped: " in output
 
 
+def test_a_terminal_that_is_closed_stops_a_foreground_campaign_as_ctrl_c_does(
+    home: Path, url: str, write: Callable[..., Path]
+) -> None:
+    command = [*HAFS, "start", str(write(url))]
+    pid, controller = pty.fork()
+    if pid == 0:
+        os.execv(command[0], command)
+    wait_for("samples", lambda: os.read(controller, 2**16) and accepted() > 0)
+    os.close(controller)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert status()["state"] == "stopped"
+    assert "end reason=drained" in (home / "logs" / "campaign_away.log").read_text()
+
+
 def test_what_is_wrong_is_said_before_start_returns(write: Callable[..., Path], url: str) -> None:
     assert "has no model" in run("start", write(url, model="not-there"), "--detach", code=17)
     assert "127.0.0.1:9" in run("start", write("http://127.0.0.1:9"), "--detach", code=11)
