@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import ollama
 
 from agents import tokens
 from agents.providers.transport import (
     PROMPT_CUT,
-    aiohttp_transport,
     checked_address,
     checked_key,
     clip,
@@ -60,7 +60,8 @@ class _Client(ollama.AsyncClient):
     """
 
     def __init__(self, host: str, key: str, idle_timeout_s: float | None) -> None:
-        super().__init__(host=host, transport=aiohttp_transport(trust_env=False))  # never opened: for how it reads an address
+        # Nothing goes through a client of its own: it only says how Ollama reads an address.
+        super().__init__(host=host, transport=httpx.AsyncBaseTransport(), trust_env=False)
         self._host = host
         self._idle_timeout_s = idle_timeout_s
         self.wire = Wire(

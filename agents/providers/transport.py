@@ -1,7 +1,6 @@
 """The HTTP ground under the providers, and what all of them do to an answer.
 
-- httpx's own pool costs time with every open connection, so SDKs get aiohttp's instead, without a limit: the scheduler's slots
-  are the limit.
+- Everything goes over aiohttp, whose pool stays fast with many open connections; it has no limit: the scheduler's slots are one.
 - SDKs let errors of the transport through as they are (a connection that drops in mid-answer): they are translated here, and not
   chained, because they carry the headers of the request, so the key.
 """
@@ -19,9 +18,7 @@ from urllib.request import getproxies
 
 import aiohttp
 import anyio
-import httpx
 from aiohttp.tracing import Trace
-from httpx_aiohttp import AiohttpTransport
 
 from agents.task import FinishReason, Sampling
 from config.errors import AuthFailed, BadRequest, Blocked, ConfigError, ProviderError, ProviderUnavailable
@@ -59,15 +56,6 @@ def open_session(*, trust_env: bool) -> aiohttp.ClientSession:
     )
 
 
-def aiohttp_transport(*, trust_env: bool) -> AiohttpTransport:
-    """The same for SDKs that are built on httpx; opened with the first request."""
-    return AiohttpTransport(client=lambda: open_session(trust_env=trust_env))
-
-
-def timeouts() -> httpx.Timeout:
-    return httpx.Timeout(SILENCE_S, connect=CONNECT_S, pool=None)
-
-
 _NAMES_THE_HOST = re.compile(r"^Cannot connect to host \S+ ssl:.+? \[(.+)\]$")  # aiohttp's words: ours name it already
 
 
@@ -76,7 +64,7 @@ def translate_transport_errors(host: str, refused_hint: str, secret: str = "") -
     """Turn what the transport raises into ProviderUnavailable naming `host`; `refused_hint` is for a server that is not there."""
     try:
         yield
-    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         what = clip(str(error) or type(error).__name__, secret)
         if _never_reached(error):
             what = _NAMES_THE_HOST.sub(r"\1", what)
@@ -85,22 +73,7 @@ def translate_transport_errors(host: str, refused_hint: str, secret: str = "") -
 
 
 def _never_reached(error: BaseException) -> bool:
-    # The transport reports a refused connection as a ConnectTimeout, and a dropped one too: only the cause tells them apart.
-    # A bare ConnectionError is what ollama makes of a refused one.
-    refused = (
-        aiohttp.ClientConnectorError,
-        aiohttp.ConnectionTimeoutError,
-        aiohttp.InvalidURL,
-        httpx.ConnectError,
-        httpx.UnsupportedProtocol,
-        httpx.InvalidURL,
-    )
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, refused) or type(cause) is ConnectionError:
-            return True
-        cause = cause.__cause__
-    return False
+    return isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL)
 
 
 async def in_time(pieces: AsyncIterator[Piece], idle_timeout_s: float | None, name: str) -> AsyncIterator[Piece]:

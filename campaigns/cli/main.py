@@ -32,7 +32,7 @@ app.add_typer(train.app, name="train")
 app.add_typer(models.app, name="models")
 app.add_typer(nodes.app, name="nodes")
 
-EXTRAS = {"aiohttp", "anyio", "google", "httpx", "httpx_aiohttp", "ollama", "paramiko", "psutil", "rich", "tenacity", "zstandard"}
+EXTRAS = {"aiohttp", "anyio", "google", "httpx", "ollama", "paramiko", "psutil", "rich", "tenacity", "zstandard"}
 
 
 @app.callback(invoke_without_command=True)

@@ -243,7 +243,7 @@ CLAIMS = """
 import sys, time
 from pathlib import Path
 from agents.rates import Rates
-rates = Rates(500, 10**9, 10**6, ledger=Path({path!r}))
+rates = Rates({rpm}, 10**9, 10**6, ledger=Path({path!r}))
 print("ready", flush=True)
 sys.stdin.readline()
 while rates.claim(time.monotonic(), 7):
@@ -254,7 +254,7 @@ sys.stdin.readline()
 
 
 def test_processes_stay_under_the_limit_together(tmp_path: Path) -> None:
-    script = CLAIMS.format(path=str(tmp_path / "rates"))
+    script = CLAIMS.format(path=str(tmp_path / "rates"), rpm=500)
     with child(script) as one, child(script) as other:
         claims = [0, 0]
         for process in (one, other):
@@ -271,8 +271,8 @@ def test_processes_stay_under_the_limit_together(tmp_path: Path) -> None:
 
 def test_a_kill_neither_loses_a_claim_nor_holds_the_lock(tmp_path: Path) -> None:
     """Killed at some moment of its work, again and again: what it said it had claimed is counted."""
-    script = CLAIMS.format(path=str(tmp_path / "rates"))
-    said, kills = 0, 5
+    rpm, said, kills = 5000, 0, 5  # so many that none of them reaches the limit before it is killed
+    script = CLAIMS.format(path=str(tmp_path / "rates"), rpm=rpm)
     for _ in range(kills):
         with child(script) as process:
             assert line(process) == "ready"
@@ -283,10 +283,10 @@ def test_a_kill_neither_loses_a_claim_nor_holds_the_lock(tmp_path: Path) -> None
             rest = process.stdout.read() if process.stdout else b""
         said += 20 + rest.count(b"claimed\n")
         free = 0
-    survivor = Rates(500, 10**9, 10**6, ledger=tmp_path / "rates")
+    survivor = Rates(rpm, 10**9, 10**6, ledger=tmp_path / "rates")
     while survivor.claim(time.monotonic(), 7):
         free += 1
-    assert said <= 500 - free <= said + kills, "at most the one claim that was not said yet, for each kill"
+    assert said <= rpm - free <= said + kills, "at most the one claim that was not said yet, for each kill"
 
 
 def test_participants_are_counted_while_they_live(tmp_path: Path) -> None:
