@@ -1,6 +1,6 @@
 """An Ollama server whose model repeats the fact it was given: the teacher of tests that are not about a model.
 
-    python fact_ollama.py PORT_FILE
+    python -m tests.fakes.fact_ollama PORT_FILE
 
 Environment: LAT seconds a request (0.02), WRONG: each WRONG-th answer is wrong (0: none). It listens on a free loopback port and
 writes it to PORT_FILE. GET /prompts lists the SHA-256 of every prompt that was answered, GET /asked of every one that came: the
@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 from aiohttp import web
+
+from tests.fakes.served import serve
 
 LATENCY_S = float(os.environ.get("LAT", "0.02"))
 WRONG = int(os.environ.get("WRONG", "0"))
@@ -65,14 +67,7 @@ async def main(port_file: Path) -> None:
     app = web.Application()
     app.add_routes([web.post("/api/chat", chat), web.get("/api/tags", tags)])
     app.add_routes([web.get("/api/version", version), web.get("/prompts", prompts), web.get("/asked", everything)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    partial = port_file.with_suffix(".part")
-    partial.write_text(str(runner.addresses[0][1]))
-    os.replace(partial, port_file)
-    await asyncio.Event().wait()
+    await serve(app, port_file)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Gemini's batch and file API, and its online one, as a process of its own: what is created outlives a client that is killed.
 
-    python gemini_batches.py PORT_FILE
+    python -m tests.fakes.gemini_batches PORT_FILE
 
 It listens on a free loopback port and writes it to PORT_FILE. An answer repeats its prompt; a prompt with the word "wrong" gets
 the error 3 in a batch, "busy" the error 14, "lost" no line at all. Answers come in another order than requests.
@@ -11,7 +11,6 @@ order of creation, how often each display name was created, and how often each p
 
 import asyncio
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+from tests.fakes.served import serve
 
 Json = dict[str, Any]
 PAGE = 2  # jobs a page, however many are asked for
@@ -226,13 +227,7 @@ def answer_to(body: Json, more: Json) -> Json:
 async def main(port_file: Path) -> None:
     app = web.Application(client_max_size=2**30)
     app.add_routes(Server().routes())
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    partial = port_file.with_suffix(".part")
-    partial.write_text(str(runner.addresses[0][1]))
-    os.replace(partial, port_file)
-    await asyncio.Event().wait()
+    await serve(app, port_file)
 
 
 if __name__ == "__main__":

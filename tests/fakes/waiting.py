@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_for(what: str, ready: Callable[[], object], deadline_s: float = 60) -> None:
+def wait_for(what: str, ready: Callable[[], object], deadline_s: float = 90) -> None:
     """Until `ready()` is true. Fails, with `what`, once the deadline has passed."""
     end = time.monotonic() + deadline_s
     while not ready():

@@ -28,6 +28,7 @@ from agents.providers.gemini_jobs import BatchJobs
 from agents.task import Sampling
 from config.contracts.sample import Message
 from config.errors import ProviderUnavailable
+from tests.fakes.served import served
 from tests.fakes.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -143,14 +144,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    port_file = tmp_path / "port"
-    child = subprocess.Popen([sys.executable, "tests/fakes/gemini_batches.py", port_file])
-    try:
-        wait_for("server", port_file.exists)
-        yield Bench(tmp_path, f"http://127.0.0.1:{port_file.read_text()}")
-    finally:
-        child.kill()
-        child.wait()
+    with served("gemini_batches", tmp_path) as url:
+        yield Bench(tmp_path, url)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import pytest
 
+from tests.fakes.served import served
 from tests.fakes.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -39,15 +40,8 @@ slots = {SLOTS}
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    port_file = tmp_path / "port"
-    program = Path("tests/fakes/fact_ollama.py")
-    child = subprocess.Popen([sys.executable, program, port_file], env={**os.environ, "LAT": "0.03", "WRONG": "5"})
-    try:
-        wait_for("server", port_file.exists)
-        yield f"http://127.0.0.1:{port_file.read_text()}"
-    finally:
-        child.kill()
-        child.wait()
+    with served("fact_ollama", tmp_path, LAT="0.03", WRONG="5") as url:
+        yield url
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from config.locks import holder
+from tests.fakes.served import served
 from tests.fakes.waiting import wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(os.name != "posix", reason="looks at sessions and terminals")]
@@ -35,15 +36,8 @@ command = ["{python}", "-c", "import sys; open('{notice}', 'w').write(sys.stdin.
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
-    port_file = tmp_path / "port"
-    program = Path("tests/fakes/fact_ollama.py")
-    child = subprocess.Popen([sys.executable, program, port_file], env={**os.environ, "LAT": "0.05", "WRONG": "5"})
-    try:
-        wait_for("server", port_file.exists)
-        yield f"http://127.0.0.1:{port_file.read_text()}"
-    finally:
-        child.kill()
-        child.wait()
+    with served("fact_ollama", tmp_path, LAT="0.05", WRONG="5") as url:
+        yield url
 
 
 @pytest.fixture

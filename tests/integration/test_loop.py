@@ -6,8 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,9 @@ import pytest
 
 from config.locks import holder
 from tests.fakes.leftovers import end_nodes
+from tests.fakes.served import served
 from tests.fakes.tiny_model import write_tiny_model
+from tests.fakes.waiting import wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -56,31 +57,19 @@ dtype = "float32"
 """
 
 
-def until(what: str, met: Callable[[], object], deadline_s: float = 90) -> None:
-    end = time.monotonic() + deadline_s
-    while not met():
-        assert time.monotonic() < end, f"no {what} within {deadline_s} s"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The three files of a loop, their teacher running."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    port_file = tmp_path / "port"
-    environment = {**os.environ, "LAT": "0.05", "WRONG": "6"}
-    teacher = subprocess.Popen([sys.executable, Path("tests/fakes/fact_ollama.py"), port_file], env=environment)
+    base = write_tiny_model(tmp_path / "tiny.gguf")
+    (tmp_path / "sft.toml").write_text(SFT.replace("BASE", str(base)))
+    path = tmp_path / "loop.toml"
+    path.write_text(LOOP)
     try:
-        until("teacher", port_file.exists, 20)
-        base = write_tiny_model(tmp_path / "tiny.gguf")
-        (tmp_path / "campaign.toml").write_text(CAMPAIGN.replace("URL", f"http://127.0.0.1:{port_file.read_text()}"))
-        (tmp_path / "sft.toml").write_text(SFT.replace("BASE", str(base)))
-        path = tmp_path / "loop.toml"
-        path.write_text(LOOP)
-        yield path
+        with served("fact_ollama", tmp_path, LAT="0.05", WRONG="6") as url:
+            (tmp_path / "campaign.toml").write_text(CAMPAIGN.replace("URL", url))
+            yield path
     finally:
-        teacher.kill()
-        teacher.wait()
         end_nodes(tmp_path)
 
 
@@ -153,7 +142,7 @@ def test_kill_9_of_campaign_training_and_daemon_each_in_the_middle(home: Path, l
     samples = home / "training" / "tiny" / "samples.jsonl"
 
     campaign = hafs("run", str(loop))
-    until("samples", lambda: samples.exists() and samples.read_bytes().count(b"\n") > 10)
+    wait_for("samples", lambda: samples.exists() and samples.read_bytes().count(b"\n") > 10)
     campaign.kill()
     campaign.communicate()
     whole = samples.read_bytes()
@@ -161,13 +150,13 @@ def test_kill_9_of_campaign_training_and_daemon_each_in_the_middle(home: Path, l
     assert 10 < len(before) < TARGET
 
     run = hafs("run", str(loop))
-    until("checkpoint", lambda: whole_checkpoint(home))
+    wait_for("checkpoint", lambda: whole_checkpoint(home))
     trainer = pipeline_of(home)
     assert trainer is not None
     trainer.kill()
     steps = len(trained_steps(home))
-    until("second attempt", lambda: any((home / "node" / "jobs").glob("*/attempts/2/stage.json")))
-    until("new steps", lambda: len(trained_steps(home)) > steps + 1)
+    wait_for("second attempt", lambda: any((home / "node" / "jobs").glob("*/attempts/2/stage.json")))
+    wait_for("new steps", lambda: len(trained_steps(home)) > steps + 1)
     daemon = holder(home / "node" / "daemon.lock")
     assert daemon
     os.kill(daemon, signal.SIGKILL)
@@ -187,7 +176,7 @@ def test_kill_9_of_campaign_training_and_daemon_each_in_the_middle(home: Path, l
 
 def test_ctrl_c_while_training_leaves_the_job_and_the_next_run_comes_back_to_it(home: Path, loop: Path) -> None:
     run = hafs("run", str(loop))
-    until("steps", lambda: trained_steps(home))
+    wait_for("steps", lambda: trained_steps(home))
     run.send_signal(signal.SIGINT)
     output = finished(run, 130)
     assert "the same command continues" in output

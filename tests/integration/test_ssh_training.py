@@ -1,7 +1,6 @@
 """A laptop and a node with an sshd between them: data goes there, SFT and DPO run, results and answers come back."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.leftovers import end_nodes
+from tests.fakes.served import served
 from tests.fakes.sshd import PrivateSshd
 from tests.fakes.tiny_model import write_tiny_model
-from tests.integration.test_loop import SFT, finished, hafs, until
+from tests.integration.test_loop import SFT, finished, hafs
 
 pytestmark = [
     pytest.mark.integration,
@@ -66,18 +66,12 @@ def sshd(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.fixture
 def specs(tmp_path: Path) -> Iterator[Path]:
-    port_file = tmp_path / "port"
-    teacher = subprocess.Popen([sys.executable, Path("tests/fakes/fact_ollama.py"), port_file])
-    try:
-        until("teacher", port_file.exists, 20)
-        base = str(write_tiny_model(tmp_path / "tiny.gguf"))
-        (tmp_path / "campaign.toml").write_text(SPEC.replace("URL", f"http://127.0.0.1:{port_file.read_text()}"))
-        (tmp_path / "sft.toml").write_text(SFT.replace("BASE", base))
-        (tmp_path / "dpo.toml").write_text(DPO.replace("BASE", base))
+    base = str(write_tiny_model(tmp_path / "tiny.gguf"))
+    (tmp_path / "sft.toml").write_text(SFT.replace("BASE", base))
+    (tmp_path / "dpo.toml").write_text(DPO.replace("BASE", base))
+    with served("fact_ollama", tmp_path) as url:
+        (tmp_path / "campaign.toml").write_text(SPEC.replace("URL", url))
         yield tmp_path
-    finally:
-        teacher.kill()
-        teacher.wait()
 
 
 def test_sft_then_dpo_on_a_node_over_ssh(sshd: PrivateSshd, specs: Path, home: Path, tmp_path: Path) -> None:
