@@ -11,11 +11,16 @@ demo: $(VENV)/.run
 	HAFS_HOME=.demo $(VENV)/bin/hafs run config/presets/$(if $(GEMINI),demo-gemini,demo).toml
 
 test: system $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n logical --dist loadfile
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # The fault tests at full length; `make test` runs a tenth of them.
 soak: system $(VENV)/.dev
 	HAFS_KILLS=300 $(VENV)/bin/python -m pytest tests/integration/test_campaign_crash.py
+	HAFS_CUTS=all $(VENV)/bin/python -m pytest tests/integration/test_sync_faults.py
+	HAFS_FAULTS=all $(VENV)/bin/python -m pytest tests/integration/test_faults.py
+	HAFS_EXAMPLES=1000 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_queue_machine.py
+	HAFS_SETUP=1 $(VENV)/bin/python -m pytest tests/integration/test_node_setup.py
+	HAFS_FUZZ=100000 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_rpc_fuzz.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -20,9 +20,10 @@ from agents.prices import PRICES_FILE, Price, price_of, unknown_price
 from agents.providers.base import Provider
 from agents.providers.ollama import KEY_VARIABLE, OllamaProvider
 from campaigns.endpoints import endpoints_of
-from campaigns.outlook import BATCH_SLOTS
-from campaigns.serving import model_server
+from campaigns.outlook import BATCH_SLOTS, where
+from campaigns.serving import model_server, server_of
 from campaigns.spec import AUTO, CampaignSpec, LaneSpec
+from campaigns.sync.remote import Nodes
 from campaigns.telemetry import open_telemetry
 from config.errors import AuthFailed, ModelMissing, ProviderUnavailable
 from config.settings import LOCAL, Settings
@@ -62,9 +63,10 @@ async def open_lanes(settings: Settings, spec: CampaignSpec) -> AsyncIterator[di
     """
     async with AsyncExitStack() as stack:
         lanes: dict[str, Lane] = {}
-        endpoints = endpoints_of(spec)
+        endpoints, nodes = endpoints_of(spec), Nodes(settings)
+        stack.push_async_callback(to_thread.run_sync, nodes.close)
         for key, lane in spec.lanes.items():
-            opened = await _Opening(settings, spec, key, lane).open(stack, endpoints)
+            opened = await _Opening(settings, spec, nodes, key, lane).open(stack, endpoints)
             lanes.update({found.name: found for found in opened})
         yield lanes
 
@@ -91,7 +93,7 @@ async def check_lanes(spec: CampaignSpec, lanes: dict[str, Lane]) -> list[Missin
             continue
         has = listings[id(provider)]
         if model not in has and f"{model}:latest" not in has:
-            missing.append(Missing(name, model, spec.lanes[key].host or spec.lanes[key].base_url, provider, has))
+            missing.append(Missing(name, model, where(spec.lanes[key]), provider, has))
     if len(down) == len(lanes):
         raise down[0]
     return missing
@@ -100,8 +102,8 @@ async def check_lanes(spec: CampaignSpec, lanes: dict[str, Lane]) -> list[Missin
 class _Opening:
     """The opening of one lane of a spec: one provider, one lane for each of its models."""
 
-    def __init__(self, settings: Settings, spec: CampaignSpec, key: str, lane: LaneSpec) -> None:
-        self._settings, self._spec, self._key, self._lane = settings, spec, key, lane
+    def __init__(self, settings: Settings, spec: CampaignSpec, nodes: Nodes, key: str, lane: LaneSpec) -> None:
+        self._settings, self._spec, self._nodes, self._key, self._lane = settings, spec, nodes, key, lane
 
     async def open(self, stack: AsyncExitStack, endpoints: Mapping[str, Endpoint]) -> list[Lane]:
         provider, identity = await self._provider(stack)
@@ -133,7 +135,8 @@ class _Opening:
                 return self._openai()
         host = self._lane.host
         if self._lane.node:
-            host = (await _held(stack, model_server(self._settings, self._lane.node))).url
+            others = any(lane.node != self._lane.node for lane in self._spec.lanes.values())
+            host = (await _held(stack, server_of(self._nodes.get(self._lane.node), patient=others))).url
         elif host == AUTO:
             host = await to_thread.run_sync(self._auto_host)
         provider = OllamaProvider(host, idle_timeout_s=self._lane.idle_timeout, api_key=self._settings.key(KEY_VARIABLE))
@@ -201,7 +204,7 @@ class _Opening:
             return None
         kind = wanted.telemetry or self._lane.node or LOCAL
         telemetry = (
-            LatencyTelemetry() if kind == "latency" else await stack.enter_async_context(open_telemetry(self._settings, kind))
+            LatencyTelemetry() if kind == "latency" else await stack.enter_async_context(open_telemetry(self._nodes, kind))
         )
         return GpuThresholds(wanted.low, wanted.high, LatencyTelemetry(telemetry))
 

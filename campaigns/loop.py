@@ -15,7 +15,7 @@ from typing import Protocol
 import anyio
 
 from agents.providers.ollama import OllamaProvider
-from campaigns.datasets import seal_named
+from campaigns.datasets import sealing_named
 from campaigns.domains.registry import domain
 from campaigns.evaluation.compare import compare
 from campaigns.evaluation.report import Evaluation, markdown
@@ -24,7 +24,7 @@ from campaigns.spec import CampaignSpec, LoopSpec, beside, load_campaign
 from campaigns.status import CampaignEnd, CampaignStatus
 from campaigns.store import CampaignFiles
 from campaigns.sync.push import PushResult, push
-from campaigns.sync.remote import connect
+from campaigns.sync.remote import connecting
 from campaigns.training import attach_or_submit, complete, require_success
 from config.contracts.job import JobSpec, JobState, JobView
 from config.errors import BudgetExceeded, ConfigError, HafsError
@@ -129,9 +129,8 @@ def _campaign(settings: Settings, loop: Loop, screen: Screen) -> None:
 
 
 def _push(settings: Settings, loop: Loop, screen: Screen) -> str:
-    sealed = seal_named(settings, loop.job.data)
-    with connect(settings, loop.spec.node) as node:
-        result = push(node, sealed, screen.sending)
+    with connecting(settings, loop.spec.node) as connected, sealing_named(settings, loop.job.data) as sealing:
+        result = push(connected(), sealing, screen.sending)
     screen.pushed(result, loop.spec.node)
     return result.dataset_id
 

@@ -1,4 +1,4 @@
-"""Tell somebody that a campaign ended, failed or met its budget: a command, a webhook. Neither can end or hold up a campaign.
+"""Tell somebody that a campaign or a job ended, failed or met its budget: a command, a webhook. Neither can hold it up.
 
 The command is a list of words, never given to a shell; the message is its standard input. A webhook's address often is a secret:
 it is never logged, its host is.
@@ -20,8 +20,13 @@ from anyio import to_thread
 from campaigns.logs import one_line
 from campaigns.spec import NotifySpec
 from campaigns.status import CampaignEnd, Progress
+from campaigns.store import CampaignFiles, read_spec
+from campaigns.sync.jobs import records
 from config.contracts.base import Strict
+from config.contracts.job import JobState, JobView
 from config.errors import HafsError
+from config.settings import Settings
+from config.toml import load_toml
 
 log = logging.getLogger("hafs.campaign")
 TIMEOUT_S = 10.0
@@ -46,6 +51,58 @@ class Notice(Strict):
     time: float
 
 
+class JobNotice(Strict):
+    """The message of a training job that ended. `time` in Unix seconds."""
+
+    occasion: Occasion
+    job: str
+    node: str
+    model: str
+    state: str
+    text: str
+    hint: str = ""
+    machine: str
+    time: float
+
+
+def notice_of_job(job: JobView, node: str) -> JobNotice:
+    """What there is to tell of a job's end."""
+    error, result = job.error, job.result
+    text = f"{job.name}: job {job.id} on {node} {job.state.value.lower()}"
+    if error or result:
+        text += f": {error.message}" if error else f": registered {result.model}" if result else ""
+    return JobNotice(
+        occasion="failure" if job.state is JobState.FAILED else "end",
+        job=job.id,
+        node=node,
+        model=job.name,
+        state=job.state.value,
+        text=text,
+        hint=error.hint if error else "",
+        machine=platform.node(),
+        time=time.time(),
+    )
+
+
+class NotifyFile(Strict):
+    """HAFS_HOME/notify.toml: whom to tell of jobs that end."""
+
+    notify: NotifySpec = NotifySpec()
+
+
+def job_notify(settings: Settings, job: str) -> NotifySpec:
+    """Whom to tell of a job's end: notify.toml; without it, the [notify] of the first campaign that the job was submitted with.
+
+    Raises:
+        ConfigError: notify.toml is wrong.
+    """
+    if settings.notify_file.exists():
+        return load_toml(settings.notify_file, NotifyFile).notify
+    named = [name for record in records(settings) if record.job_id == job for name in record.job.spec.data]
+    specs = [read_spec(files).notify for name in named if (files := CampaignFiles(settings, name)).exists()]
+    return next((spec for spec in specs if spec.command or spec.url), NotifySpec())
+
+
 def notice_of(end: CampaignEnd | HafsError, progress: Progress) -> Notice:
     """What there is to tell of an end."""
     occasion: Occasion
@@ -67,7 +124,7 @@ def notice_of(end: CampaignEnd | HafsError, progress: Progress) -> Notice:
     )
 
 
-async def notify(spec: NotifySpec, notice: Notice) -> None:
+async def notify(spec: NotifySpec, notice: Notice | JobNotice) -> None:
     """Run the command and post to the webhook, at the same time, 10 s each. What fails is logged; nothing is raised.
 
     Who asked to hear of the end hears of every end.

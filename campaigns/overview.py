@@ -1,43 +1,32 @@
-"""`hafs status`: campaigns here, jobs and models on every node. A node that does not answer is unknown, not failed."""
+"""`hafs status`: campaigns here; data, jobs, models, GPU and server of every node. A node that does not answer is unknown."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from campaigns.status import CampaignStatus, names
-from campaigns.sync.remote import connect
-from config.contracts.job import JobView
-from config.contracts.wire import MODELS, STATUS, JobArgs, ModelVersion, Nothing
-from config.errors import HafsError
-from config.settings import LOCAL, Settings
+from campaigns.sync.survey import NodeState, survey
+from config.contracts.wire import DatasetView
+from config.settings import Settings
 
 
-@dataclass
-class NodeOverview:
-    """`problem` says why a node could not be asked."""
-
-    name: str
-    jobs: list[JobView] = field(default_factory=list)
-    models: list[ModelVersion] = field(default_factory=list)
-    problem: str = ""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Overview:
     home: str
     campaigns: list[CampaignStatus]
-    nodes: list[NodeOverview]
+    nodes: list[NodeState]
 
 
 def overview(settings: Settings) -> Overview:
-    campaigns = [CampaignStatus(settings, name) for name in names(settings)]
-    return Overview(str(settings.home), campaigns, [_node(settings, name) for name in (LOCAL, *settings.nodes())])
+    """All of it now; nodes are asked at the same time, for some seconds at most."""
+    nodes = survey(settings, whole=True)
+    return Overview(str(settings.home), [CampaignStatus(settings, name) for name in names(settings)], nodes)
 
 
-def _node(settings: Settings, name: str) -> NodeOverview:
-    seen = NodeOverview(name)
-    try:
-        with connect(settings, name) as node:
-            seen.jobs = node.call(STATUS, JobArgs()).jobs
-            seen.models = node.call(MODELS, Nothing()).models
-    except HafsError as error:
-        seen.problem = str(error)
-    return seen
+def pushed(nodes: Sequence[NodeState], campaign: str) -> dict[str, DatasetView]:
+    """By node: the newest dataset there that has rows of a campaign."""
+    found: dict[str, DatasetView] = {}
+    for node in nodes:
+        for dataset in node.seen.datasets:
+            if campaign in dataset.campaigns:
+                found.setdefault(node.name, dataset)
+    return found

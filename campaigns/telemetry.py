@@ -1,7 +1,8 @@
 """The GPU of a node as a lane's telemetry.
 
 - A campaign never ends, and never waits, because of telemetry: where none comes in time there is no reading (None).
-- One connection is kept open; a lost one is made again, after ever longer pauses. At most one call is under way.
+- One connection is kept open, the one that the node's lanes use too; a lost one is made again, after ever longer pauses. At
+  most one call is under way.
 - This machine is a node like any other, called `local`.
 """
 
@@ -15,11 +16,10 @@ import anyio
 from anyio import to_thread
 
 from agents.gpu import Telemetry
-from campaigns.sync.remote import Node, connect
+from campaigns.sync.remote import Node, Nodes
 from config.contracts.gpu import GpuReading
 from config.contracts.wire import GPU, GpuResult, Nothing
 from config.errors import HafsError, NodeUnreachable
-from config.settings import LOCAL, Settings
 
 log = logging.getLogger("hafs.campaign")
 
@@ -30,15 +30,14 @@ _LONGEST_PAUSE_S = 60.0
 
 
 @asynccontextmanager
-async def open_telemetry(settings: Settings, kind: str) -> AsyncIterator[Telemetry]:
+async def open_telemetry(nodes: Nodes, kind: str) -> AsyncIterator[Telemetry]:
     """Telemetry of the node `kind` of nodes.toml, or of this machine for "local". Nothing is asked before the first reading.
 
     Raises:
         ConfigError: there is no node of that name.
     """
-    if kind != LOCAL:
-        settings.node(kind)
-    telemetry = NodeTelemetry(kind, lambda: connect(settings, kind))
+    node = nodes.get(kind)
+    telemetry = NodeTelemetry(kind, lambda: node)
     try:
         yield telemetry
     finally:

@@ -27,7 +27,8 @@ HafsError                    1
     ├── JobNotFound         41
     ├── JobFailed           42
     ├── JobCancelled        43
-    └── GateFailed          44    the tuned model did not pass the smoke gate
+    ├── GateFailed          44    the tuned model did not pass the smoke gate
+    └── LeaseLost           45    the attempt was given up, its device belongs to another
 """
 
 import errno
@@ -182,6 +183,10 @@ class JobCancelled(JobError):
 
 class GateFailed(JobError):
     exit_code = 44
+
+
+class LeaseLost(JobError):
+    exit_code = 45
 
 
 def all_errors(root: type[HafsError] = HafsError) -> list[type[HafsError]]:

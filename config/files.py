@@ -1,10 +1,15 @@
 """Files that survive a crash: the new content is whole and on the disk before the old name points at it."""
 
 import os
+import random
 import tempfile
+import time
 from pathlib import Path
 
 from config.errors import translate_os_errors
+from config.faults import around
+
+SHARING_S = 5.0
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -20,12 +25,34 @@ def write_atomic(path: Path, data: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
+                with around("file.sync"):
+                    os.fsync(file.fileno())
+            replace(Path(temp), path)
         except BaseException:
             Path(temp).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename, whoever reads `target` meanwhile.
+
+    Windows refuses while another process (a reader, a virus scanner) has the file open, which takes an instant: it is tried
+    again for SHARING_S. Elsewhere a refusal is final.
+
+    Raises:
+        OSError: refused.
+    """
+    deadline = time.monotonic() + SHARING_S
+    while True:
+        try:
+            with around("file.replace"):
+                os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() >= deadline:
+                raise
+            time.sleep(random.uniform(0.01, 0.05))
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,6 +61,7 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with around("folder.sync"):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config.errors import StoreHeld, translate_os_errors
+from config.errors import StoreError, StoreHeld, translate_os_errors
 
 if sys.platform == "win32":
     import msvcrt
@@ -84,6 +84,12 @@ class FileLock:
             os.lseek(self._handle, 0, os.SEEK_SET)
             os.write(self._handle, f"{os.getpid()}\n".encode())
 
+    @property
+    def handle(self) -> int:
+        """The open file that is locked. POSIX: children that inherit it hold the lock too, until the last of them has ended."""
+        assert self._handle is not None
+        return self._handle
+
     def release(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
@@ -125,11 +131,17 @@ def holder(path: Path) -> int | None:
     """The pid that holds the lock; None if it is free, 0 if nobody has ever signed it.
 
     To look is to hold a shared lock for an instant: looks do not disturb each other, and who wants the lock tries twice.
+
+    Raises:
+        StoreError: the file may not be opened.
     """
     try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return None
+        with translate_os_errors(path):
+            handle = os.open(path, os.O_RDWR)
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
     try:
         _lock(handle, shared=True)
     except OSError:

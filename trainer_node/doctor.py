@@ -1,10 +1,12 @@
 """What a node needs, checked without changing anything but one probe file. torch is loaded in a child process only."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +31,15 @@ NODE_EXTRA = (
 OWN_PACKAGES = ("config", "trainer_node")
 FREE_DISK_GB, FREE_MEMORY_GB = 10, 4
 TORCH_TIMEOUT_S = 120
+CLOCK_S = 60
 ASK_TORCH = (
-    "import torch;"
+    "import json, torch;"
     "d='cuda '+torch.cuda.get_device_name(0) if torch.cuda.is_available() else"
     " 'mps' if torch.backends.mps.is_available() else f'cpu, {torch.get_num_threads()} threads';"
-    "print(f'torch {torch.__version__} on {d}')"
+    "print(json.dumps([torch.__version__, d]))"
+)
+TORCH_HINT = (
+    "install the torch build for this machine: hafs nodes setup NAME --torch-args='--index-url …', see pytorch.org/get-started"
 )
 
 
@@ -46,18 +52,26 @@ class Check(NamedTuple):
     hint: str = ""
 
 
-def examine(root: Path) -> list[Check]:
-    """All checks, in the order in which they would stop a job."""
+def examine(root: Path, laptop_time: float = 0.0) -> list[Check]:
+    """All checks, in the order in which they would stop a job. `laptop_time`: the laptop's clock now, in Unix seconds."""
+    checks = [_python(), _own_packages(), _packages(NODE_EXTRA)]
+    if find_spec("psutil") is None:  # the rest needs it; what is missing has been said
+        return checks
+    from trainer_node.leases import CPU, devices
+
+    queue, busy = _queue(root)
     return [
-        _python(),
-        _own_packages(),
-        _packages(NODE_EXTRA),
-        _torch(),
+        *checks,
+        _torch(devices()[0] != CPU),
         _root_writable(root),
+        queue,
         _disk(root),
-        _memory(),
+        _memory(busy),
         _model_server(root),
+        _quantizer(),
+        _service(root),
         _daemon(root),
+        *([_clock(time.time() - laptop_time)] if laptop_time else []),
     ]
 
 
@@ -80,16 +94,19 @@ def _packages(packages: tuple[str, ...]) -> Check:
     return Check("node packages", not missing, detail, 'pip install "hafs[node]"' if missing else "")
 
 
-def _torch() -> Check:
-    hint = "install the torch build for this machine: https://pytorch.org/get-started/locally"
+def _torch(nvidia: bool) -> Check:
+    """A machine with an NVIDIA GPU whose torch does not see it would train on its processor, for days."""
     try:
         argv = [sys.executable, "-P", "-c", ASK_TORCH]
         child = subprocess.run(argv, capture_output=True, text=True, timeout=TORCH_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return Check("torch", False, f"no answer within {TORCH_TIMEOUT_S} s", hint)
+        return Check("torch", False, f"no answer within {TORCH_TIMEOUT_S} s", TORCH_HINT)
     if child.returncode:
-        return Check("torch", False, (child.stderr.strip().splitlines() or ["it does not load"])[-1], hint)
-    return Check("torch", True, child.stdout.strip())
+        return Check("torch", False, (child.stderr.strip().splitlines() or ["it does not load"])[-1], TORCH_HINT)
+    version, device = json.loads(child.stdout.splitlines()[-1])
+    if nvidia and not device.startswith("cuda"):
+        return Check("torch", False, f"torch {version} does not see the NVIDIA GPU of this machine", TORCH_HINT)
+    return Check("torch", True, f"{version} on {device}")
 
 
 def _root_writable(root: Path) -> Check:
@@ -104,6 +121,17 @@ def _root_writable(root: Path) -> Check:
     return Check("root", True, str(root))
 
 
+def _queue(root: Path) -> tuple[Check, str]:
+    """Whether the jobs can be read, and the one that runs now."""
+    from trainer_node.gpu import training
+
+    try:
+        busy = ", ".join(each.job for each in training(root))
+    except HafsError as error:
+        return Check("queue", False, str(error), error.hint), ""
+    return Check("queue", True, f"{busy} runs" if busy else "no job runs"), busy
+
+
 def _disk(root: Path) -> Check:
     place = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(place).free / 1e9
@@ -111,14 +139,14 @@ def _disk(root: Path) -> Check:
     return Check("disk", not hint, f"{free:.0f} GB free", hint)
 
 
-def _memory() -> Check:
-    if find_spec("psutil") is None:
-        return Check("memory", False, "cannot be measured without psutil", 'pip install "hafs[node]"')
+def _memory(busy: str) -> Check:
+    """`busy`: the job that runs now, whose memory is no fault."""
     import psutil
 
     memory = psutil.virtual_memory()
-    hint = "" if memory.available / 1e9 >= FREE_MEMORY_GB else "close something, or train a smaller base model"
-    return Check("memory", not hint, f"{memory.available / 1e9:.0f} of {memory.total / 1e9:.0f} GB free", hint)
+    low = memory.available / 1e9 < FREE_MEMORY_GB
+    detail = f"{memory.available / 1e9:.0f} of {memory.total / 1e9:.0f} GB free" + (f", while {busy} runs" if busy else "")
+    return Check("memory", not low or bool(busy), detail, "close something, or train a smaller base model" if low else "")
 
 
 def _model_server(root: Path) -> Check:
@@ -141,9 +169,38 @@ def _model_server(root: Path) -> Check:
     return Check(name, True, "no Ollama; the embedded runtime starts when it is needed")
 
 
+def _quantizer() -> Check:
+    """Only makes models smaller, so none is no fault."""
+    found = shutil.which("llama-quantize")
+    hint = "" if found else "to make smaller files of merged models, put llama.cpp's llama-quantize into the PATH"
+    return Check("quantizer", True, found or "no llama-quantize", hint)
+
+
+def _service(root: Path) -> Check:
+    """Without a service all works while somebody asks; after a reboot the queue waits for the first who does."""
+    from trainer_node.service.install import status
+
+    try:
+        found = status(root)
+    except HafsError as error:
+        return Check("service", False, str(error), error.hint)
+    return Check("service", found.running or not found.installed, found.detail, found.hint)
+
+
+def _clock(ahead_s: float) -> Check:
+    """Both write times into the same records."""
+    if abs(ahead_s) < CLOCK_S:
+        return Check("clock", True, "as the laptop's")
+    how = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the laptop's"
+    return Check("clock", False, how, "let both machines set their clocks by NTP")
+
+
 def _daemon(root: Path) -> Check:
     """None running is fine: the next submit starts one."""
-    pid = daemon_pid(root)
+    try:
+        pid = daemon_pid(root)
+    except HafsError as error:
+        return Check("daemon", False, str(error), error.hint)
     return Check("daemon", True, "not running; a submit starts it" if pid is None else f"running (pid {pid or 'unknown'})")
 
 

@@ -1,60 +1,82 @@
-"""Data that arrives. Nothing unverified is ever visible: a segment enters the store only as a copy that this node has hashed.
+"""Data that arrives. Nothing unverified is ever visible: a segment enters the store only once this node has hashed all of it.
 
-    incoming/<sha>.part         packed bytes, as far as they have come; written by SFTP, trusted by nobody
-    segments/<sha>.jsonl.zst    verified; never changed again
-    datasets/<id>.json          a manifest whose segments are all here
+    incoming/<sha>-*.part     packed bytes, as far as they have come; each connection writes a part of its own
+    segments/<sha>.jsonl.zst  verified; never changed again
+    datasets/<id>.json        a manifest whose segments are all here
 
-The copy is made while hashing: a sender whose connection hangs may still write into the part, but never into the store.
+Verified are the very bytes on their way into the part, so nothing is read back. A connection that hangs may still write into its
+own part, never into another's or into the store. What a broken connection left is copied into the part of the next one.
+
+Syncing to the disk and moving into the store go on in the background while the next segment arrives; `settle` waits for them.
 """
 
-import hashlib
+import io
 import os
 import re
+import secrets
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, cast
 
 from config.contracts.job import TrainJob
 from config.contracts.manifest import SHA256, DatasetManifest, Segment
 from config.contracts.wire import DatasetResult, SegmentStatus
 from config.errors import ConfigError, ProtocolError, TransferError, translate_os_errors
+from config.faults import around
 from config.files import sync_folder, write_atomic
 from config.locks import alone
+from trainer_node.arrival import Body, NotAnnounced, save_verified
 
-CHUNK_BYTES = 2**20
-MAX_WINDOW_BYTES = 2**27  # what decompressing may hold in memory; zstd's own bound for streams
+STORERS = 4  # at a time: file systems that write a journal sync several files at the price of one
+STORING = 8  # verified segments that may wait for the disk before the next one is taken
 
 
 class Inbox:
+    """For one thread. Close it, or what is verified may not be stored."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._disk: ThreadPoolExecutor | None = None
+        self._storing: dict[str, Future[None]] = {}  # by hash, the oldest first
+
+    def close(self) -> None:
+        """End the background work. What went wrong in it was not confirmed to anybody: the segment is just not there."""
+        if self._disk is not None:
+            self._disk.shutdown()
 
     def have(self, segment: Segment) -> SegmentStatus:
-        """Whether the segment is here, else where to upload its packed bytes and from which offset."""
-        if self._segment_file(segment.sha256).exists():
-            return SegmentStatus(sha256=segment.sha256, present=True)
-        part = self._part_file(segment.sha256)
-        with translate_os_errors(part):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            offset = part.stat().st_size if part.exists() else 0
-            if offset > segment.packed_bytes:  # packed by another zstd, or garbage: nothing in it can be continued
-                part.unlink()
-                offset = 0
-        return SegmentStatus(sha256=segment.sha256, present=False, upload_path=part.as_posix(), offset=offset)
+        """Whether the segment is here, else from which offset on its packed bytes are missing."""
+        file = self._segment_file(segment.sha256)
+        with translate_os_errors(file):
+            if file.exists():
+                os.utime(file)  # somebody counts on it: it is young again for `sync gc`
+            if file.exists() or segment.sha256 in self._storing:
+                return SegmentStatus(sha256=segment.sha256, present=True)
+            part = self._longest_part(segment)
+            return SegmentStatus(sha256=segment.sha256, present=False, offset=part.stat().st_size if part else 0)
 
-    def commit_segment(self, segment: Segment) -> SegmentStatus:
-        """Verify an upload and take it into the store.
+    def receive(self, segment: Segment, offset: int, body: Body) -> SegmentStatus:
+        """Take the packed bytes from `offset` on, verify the whole, and store it in the background (see `settle`).
 
         Raises:
-            TransferError: it is short (the part stays, to be continued), or not what was announced (the part is deleted).
-            DiskFull, StoreError: the part stays.
+            TransferError: they end too early (the part stays, to be continued), or are not what was announced (it is deleted).
+            DiskFull, StoreError: what has come stays.
         """
-        target, part = self._segment_file(segment.sha256), self._part_file(segment.sha256)
-        with alone(self.root / "incoming" / "commit.lock"), translate_os_errors(target):
-            if not target.exists():
-                _require_whole(segment, part)
-                _take(segment, part, target)
-            part.unlink(missing_ok=True)
+        target = self._segment_file(segment.sha256)
+        if not target.exists() and segment.sha256 not in self._storing:
+            with translate_os_errors(self.root / "incoming"):
+                part = self._take(segment, offset, body)
+            self._disk = self._disk or ThreadPoolExecutor(STORERS, "store")
+            self.settle(STORING - 1)
+            self._storing[segment.sha256] = self._disk.submit(_store, part, target)
         return SegmentStatus(sha256=segment.sha256, present=True)
+
+    def settle(self, waiting: int = 0) -> None:
+        """Return when all that was received, but `waiting` segments, is in the store and on the disk. Raises as `receive`."""
+        while len(self._storing) > waiting:
+            self._storing.pop(next(iter(self._storing))).result()
+            if not self._storing:
+                with around("segment.folder"):
+                    sync_folder(self.root / "segments")
 
     def commit_dataset(self, manifest: DatasetManifest) -> DatasetResult:
         """Make a dataset of segments that are all here. The same content again is the same dataset.
@@ -62,16 +84,22 @@ class Inbox:
         Raises:
             TransferError: segments are missing.
         """
-        missing = [s.sha256[:12] for s in manifest.segments if not self._segment_file(s.sha256).exists()]
-        if missing or not manifest.segments:
-            what = f"{len(missing)} of {len(manifest.segments)} segments are not on the node: {', '.join(missing[:5])}"
-            raise TransferError(
-                what if missing else f'the dataset "{manifest.name}" has no segments', hint="push again: it continues"
-            )
-        file = self._dataset_file(manifest.id)
-        new = not file.exists()
-        if new:
-            write_atomic(file, manifest.model_dump_json(indent=1).encode())
+        self.settle()
+        with alone(self.root / "datasets" / "gc.lock"):
+            missing = [s.sha256[:12] for s in manifest.segments if not self._segment_file(s.sha256).exists()]
+            if missing or not manifest.segments:
+                what = f"{len(missing)} of {len(manifest.segments)} segments are not on the node: {', '.join(missing[:5])}"
+                raise TransferError(
+                    what if missing else f'the dataset "{manifest.name}" has no segments', hint="push again: it continues"
+                )
+            file = self._dataset_file(manifest.id)
+            new = not file.exists()
+            with translate_os_errors(file):
+                if new:
+                    with around("dataset.write"):
+                        write_atomic(file, manifest.model_dump_json(indent=1).encode())
+                else:
+                    os.utime(file)
         return DatasetResult(id=manifest.id, rows=manifest.rows, new=new)
 
     def require_dataset(self, job: TrainJob) -> None:
@@ -88,16 +116,37 @@ class Inbox:
                 f"a {job.spec.kind} job trains on {wanted}, and dataset {job.dataset_id[:12]} holds {kind}", hint="check `data`"
             )
 
-    # The three names below are made of a checked hash alone, so no path from the wire can leave the root.
-
-    def _part_file(self, sha256: str) -> Path:
-        return self.root / "incoming" / f"{_checked(sha256)}.part"
+    # The names below are made of a checked hash and numbers alone, so no path from the wire can leave the root.
 
     def _segment_file(self, sha256: str) -> Path:
         return self.root / "segments" / f"{_checked(sha256)}.jsonl.zst"
 
     def _dataset_file(self, dataset_id: str) -> Path:
         return self.root / "datasets" / f"{_checked(dataset_id)}.json"
+
+    def _parts(self, segment: Segment) -> list[Path]:
+        return list((self.root / "incoming").glob(f"{_checked(segment.sha256)}-*.part"))
+
+    def _longest_part(self, segment: Segment) -> Path | None:
+        return max(self._parts(segment), key=lambda part: part.stat().st_size, default=None)
+
+    def _take(self, segment: Segment, offset: int, body: Body) -> Path:
+        """A part with all of the segment, verified: it begins with what an earlier connection left."""
+        left = self._longest_part(segment)
+        part = self.root / "incoming" / f"{_checked(segment.sha256)}-{secrets.token_hex(4)}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _beginning(left, offset) as beginning, part.open("wb", buffering=0) as file:
+                save_verified(segment, [beginning, body], file)
+        except NotAnnounced as error:
+            _remove(left, part)
+            hint = "what had come of it was deleted; push again. If it comes back, check the disk and memory of both machines"
+            raise TransferError(str(error), hint=hint) from error
+        except BaseException:
+            _remove(_shorter(left, part))  # another connection may be writing a third one
+            raise
+        _remove(left)
+        return part
 
 
 def _checked(sha256: str) -> str:
@@ -106,66 +155,38 @@ def _checked(sha256: str) -> str:
     return sha256
 
 
-def _require_whole(segment: Segment, part: Path) -> None:
-    size = part.stat().st_size if part.exists() else 0
-    if size < segment.packed_bytes:
-        what = f"segment {segment.sha256[:12]}: {size} of {segment.packed_bytes} bytes have arrived"
-        raise TransferError(what, hint="push again: it continues")
+def _beginning(part: Path | None, size: int) -> io.BytesIO:
+    """The first bytes of what an earlier connection left. Raises TransferError where there are fewer."""
+    data = b""
+    if part is not None:
+        with part.open("rb") as file:
+            data = file.read(size)
+    if len(data) < size:
+        raise TransferError(f"only {len(data)} bytes are here, not {size}", hint="push again: it continues")
+    return io.BytesIO(data)
 
 
-def _take(segment: Segment, part: Path, target: Path) -> None:
-    copy = part.with_suffix(".copy")  # one name, so that a crash leaves at most one behind, and the next try writes over it
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _copy_verified(segment, part, copy)
-        copy.replace(target)
-        sync_folder(target.parent)
-    except TransferError:
-        part.unlink(missing_ok=True)
-        raise
-    finally:
-        copy.unlink(missing_ok=True)
+def _shorter(left: Path | None, part: Path) -> Path | None:
+    if left is None or not left.exists() or not part.exists():
+        return None
+    return left if part.stat().st_size >= left.stat().st_size else part
 
 
-def _copy_verified(segment: Segment, part: Path, copy: Path) -> None:
-    """Copy, hash and count in one pass; the copy is on the disk when this returns. Raises TransferError on any difference."""
-    with part.open("rb") as source, copy.open("wb") as target:
-        problem = _difference(segment, cast(IO[bytes], _Tee(source, target)))
-        if problem:
-            hint = "the part was deleted; push again. If it comes back, check the disk and memory of both machines"
-            raise TransferError(f"segment {segment.sha256[:12]}: {problem}", hint=hint)
-        target.flush()
-        os.fsync(target.fileno())
+def _remove(*parts: Path | None) -> None:
+    for part in parts:
+        try:
+            if part is not None:
+                part.unlink(missing_ok=True)
+        except PermissionError:  # Windows, where a connection that hangs has it open: `sync gc` takes it later
+            continue
 
 
-def _difference(segment: Segment, packed: IO[bytes]) -> str:
-    """What is wrong with the packed bytes; empty if nothing. Never unpacks more than one chunk beyond the announced size."""
-    import zstandard
-
-    digest, size, rows, last = hashlib.sha256(), 0, 0, b""
-    try:
-        lines = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(packed, read_across_frames=True)
-        while size <= segment.bytes and (chunk := lines.read(CHUNK_BYTES)):
-            digest.update(chunk)
-            size, rows, last = size + len(chunk), rows + chunk.count(b"\n"), chunk[-1:]
-    except zstandard.ZstdError as error:
-        return f"not zstd: {error}"
-    if size != segment.bytes:
-        return f"{'more than' if size > segment.bytes else 'only'} {min(size, segment.bytes)} of {segment.bytes} bytes unpacked"
-    if digest.hexdigest() != segment.sha256:
-        return f"its content has SHA-256 {digest.hexdigest()[:12]}"
-    if last != b"\n":
-        return "its last line is cut off"
-    return "" if rows == segment.rows else f"{rows} rows, not {segment.rows}"
-
-
-class _Tee:
-    """Hands on what it reads, and keeps it. Of a file it has what zstandard asks for: `read`."""
-
-    def __init__(self, source: IO[bytes], target: IO[bytes]) -> None:
-        self._source, self._target = source, target
-
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._source.read(size)
-        self._target.write(data)
-        return data
+def _store(part: Path, target: Path) -> None:
+    with translate_os_errors(target):
+        if target.exists():  # it came over another connection meanwhile
+            return _remove(part)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("r+b") as file, around("segment.sync"):
+            os.fsync(file.fileno())
+        with around("segment.store"):
+            os.replace(part, target)

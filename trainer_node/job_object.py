@@ -6,15 +6,14 @@ Source: Microsoft, JOBOBJECT_EXTENDED_LIMIT_INFORMATION and AssignProcessToJobOb
 
 import ctypes
 import sys
-
-assert sys.platform == "win32"
+from typing import Any
 
 _KILL_ON_JOB_CLOSE = 0x2000
 _BREAKAWAY_OK = 0x0800
 _EXTENDED_LIMIT_INFORMATION = 9
 
 
-class _BasicLimits(ctypes.Structure):
+class BasicLimits(ctypes.Structure):
     _fields_ = [
         ("PerProcessUserTimeLimit", ctypes.c_int64),
         ("PerJobUserTimeLimit", ctypes.c_int64),
@@ -28,9 +27,9 @@ class _BasicLimits(ctypes.Structure):
     ]
 
 
-class _ExtendedLimits(ctypes.Structure):
+class ExtendedLimits(ctypes.Structure):
     _fields_ = [
-        ("BasicLimitInformation", _BasicLimits),
+        ("BasicLimitInformation", BasicLimits),
         ("IoInfo", ctypes.c_uint64 * 6),
         ("ProcessMemoryLimit", ctypes.c_size_t),
         ("JobMemoryLimit", ctypes.c_size_t),
@@ -45,18 +44,23 @@ def enter_job_object() -> None:
     Raises:
         OSError: Windows refuses.
     """
-    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    if sys.platform == "win32":
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        if not enclose(kernel):
+            raise ctypes.WinError(ctypes.get_last_error())
+
+
+def enclose(kernel: Any) -> bool:
+    """The calls, in their order, on `kernel` (kernel32): whether all of them succeeded."""
     kernel.CreateJobObjectW.restype = ctypes.c_void_p
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     kernel.SetInformationJobObject.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     kernel.AssignProcessToJobObject.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    limits = _ExtendedLimits()
+    limits = ExtendedLimits()
     limits.BasicLimitInformation.LimitFlags = _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK
     job = kernel.CreateJobObjectW(None, None)
-    done = (
+    return bool(
         job
         and kernel.SetInformationJobObject(job, _EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
         and kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
     )
-    if not done:
-        raise ctypes.WinError(ctypes.get_last_error())

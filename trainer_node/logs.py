@@ -4,6 +4,7 @@ A reply carries the attempt and the offset of the next question. A log goes on w
 metrics.jsonl is one file a job, which a new attempt cuts back to its checkpoint: then the reader is sent back to offset 0.
 """
 
+import base64
 import codecs
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +59,12 @@ def _await_news(queue: Queue, args: ReadArgs, look: Callable[[JobView], ReadResu
 def _log_now(job: JobView, folder: JobDir, args: ReadArgs) -> ReadResult:
     attempt = _attempt(job, args)
     ended = job.state.ended or attempt < job.attempt or folder.exit(attempt) is not None
-    text, offset = read_lines(folder.log_file(attempt), args.offset, whole=ended)
-    if not text and attempt < job.attempt:
+    data = _read_chunk(folder.log_file(attempt), args.offset, whole=ended)
+    if not data and attempt < job.attempt:
         return ReadResult(text="", offset=0, attempt=attempt + 1, job=job)
-    return ReadResult(text=text, offset=offset, attempt=attempt, job=job)
+    text = data.decode(errors="replace")
+    raw = "" if text.encode() == data else base64.b64encode(data).decode()
+    return ReadResult(text=text, offset=args.offset + len(data), attempt=attempt, job=job, raw=raw)
 
 
 def _metrics_now(job: JobView, folder: JobDir, args: ReadArgs) -> ReadResult:
@@ -76,19 +79,24 @@ def read_lines(path: Path, offset: int, *, whole: bool) -> tuple[str, int]:
 
     A carriage return ends a line too (progress bars). A line longer than a chunk comes in pieces, never inside a character.
     """
+    data = _read_chunk(path, offset, whole=whole)
+    return data.decode(errors="replace"), offset + len(data)
+
+
+def _read_chunk(path: Path, offset: int, *, whole: bool) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read(CHUNK_BYTES)
     except FileNotFoundError:
-        return "", offset
+        return b""
     at_end = whole and len(data) < CHUNK_BYTES
     if not at_end:
         cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         data = data[:cut] if cut or len(data) < CHUNK_BYTES else data
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = decoder.decode(data, final=at_end)
-    return text, offset + len(data) - len(decoder.getstate()[0])
+    decoder.decode(data, final=at_end)
+    return data[: len(data) - len(decoder.getstate()[0])]
 
 
 def _attempt(job: JobView, args: ReadArgs) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from config.errors import BadRequest, ProviderUnavailable
 from trainer_node.runtime.gguf_file import GgufFile, NotGguf, read_gguf
@@ -21,7 +20,6 @@ from trainer_node.runtime.options import DEFAULTS, merged_options
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0  # without a byte: a cold model of many gigabytes is loaded in it
-UNLOAD_TIMEOUT_S = 120.0
 CHUNK_BYTES = 2**20
 OWN_MISTAKES = ("option ", "invalid format")  # 500s of Ollama that no retry mends
 
@@ -136,20 +134,14 @@ class OllamaApi:
             _require_ok(answer)
             return list(answer.json()["tokens"])
 
-    def unload(self, model: str) -> None:
-        """Free the model's memory; returns once the server lists it no more. Running answers are waited for."""
-        name = _full_name(model)
+    def loaded(self) -> list[str]:
+        """Full names of the models that are in memory now."""
+        with self._translated("GET", "/api/ps"):
+            return [str(entry["name"]) for entry in self._json("GET", "/api/ps")["models"]]
+
+    def ask_to_unload(self, model: str) -> None:
+        """The answer proves nothing: a model that is in use goes when its last request has ended. See `loaded`."""
         self._json("POST", "/api/generate", {"model": model, "keep_alive": 0})
-        wait = Retrying(
-            retry=retry_if_result(bool), wait=wait_exponential(0.05, max=1.0), stop=stop_after_delay(UNLOAD_TIMEOUT_S)
-        )
-        try:
-            wait(lambda: name in [entry["name"] for entry in self._json("GET", "/api/ps")["models"]])
-        except RetryError as error:
-            raise ProviderUnavailable(
-                f"{self.url} still holds {model} after {UNLOAD_TIMEOUT_S:.0f} s",
-                hint="something else uses it: end that, then try again",
-            ) from error
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._translated(method, path):

@@ -4,8 +4,9 @@
 
 Each stage leaves its files, whole or not at all, and is skipped where they are there: the next attempt of a job goes on where the
 last one stopped, and repeats no training for the sake of a registration. Exit codes: 0 with result.json; 75 after the stop file;
-76 where the model server is away or the disk full, which is worth another attempt; anything else ends the job. A failure is told
-in attempts/N/error.json. It writes into its job's folder, the registry and models/, nothing else.
+76 where the model server or the hub is away or the disk full, which is worth another attempt; anything else ends the job. What is
+waited for is told in attempts/N/stage.json, a failure in error.json. It writes into its job's folder, the registry, models/ and
+the hub's cache, nothing else.
 """
 
 import argparse
@@ -18,29 +19,24 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from config.contracts.job import JobError, JobState
 from config.contracts.sample import Message
 from config.errors import DiskFull, HafsError, JobCancelled, JobFailed, ProviderUnavailable, StoreError
 from config.files import write_atomic
-from trainer_node import dataset, registry
-from trainer_node.base_model import resolve_gguf
-from trainer_node.jobdir import STOPPED, TRY_AGAIN, JobDir, Stage
-from trainer_node.ollama import OllamaApi, register_gguf
-from trainer_node.runtime.launch import ensure_runtime
-from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base, special_tokens
-from trainer_node.train.encode import encode, render_prompt, token_ids
-
-if TYPE_CHECKING:  # torch is loaded by the stages that need it
-    from trainer_node.train.device import Device
+from trainer_node import dataset, hub, registry
+from trainer_node.hand_over import in_the_way, watched
+from trainer_node.jobdir import STOPPED, TRY_AGAIN, JobDir
+from trainer_node.ollama import register_gguf
+from trainer_node.train.encode import render_prompt, token_ids
+from trainer_node.work import Work
 
 PASSING = (ProviderUnavailable, DiskFull)  # failures that another attempt may not meet
 FULL_BYTES = 2**20  # a disk with less free is full
+MEASURE_MB = 1024  # of a GPU: its driver's own, and the products that are measured before the plan says what training needs
 ENVIRONMENT = {
-    # Base and data are files of this node: nothing of a job is looked up elsewhere.
+    # Base and data are files of this node (trainer_node/hub.py brings a base of the hub): no library looks anything up elsewhere.
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     # The log is read by a person while it grows: no progress bars, no chatter of the libraries.
@@ -54,75 +50,6 @@ QUIET = ("accelerate", "gguf", "httpx", "httpcore")
 log = logging.getLogger("hafs")
 
 
-class Work:
-    """What the stages share; each part is made when it is first needed, so a retry loads only what is left to do."""
-
-    def __init__(self, job_dir: JobDir) -> None:
-        self.dir, self.root = job_dir, job_dir.root
-        self.job = job_dir.job()
-        self.spec = self.job.spec
-        self.stats_file = job_dir.path / "training_stats.json"
-        self.evaluation_file = job_dir.path / "evaluation.json"
-
-    @cached_property
-    def base(self) -> BaseModel:
-        return read_base(resolve_gguf(self.spec.base))
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.base)
-
-    @cached_property
-    def special(self) -> list[str]:
-        return special_tokens(self.tokenizer)
-
-    @cached_property
-    def data(self) -> dataset.Prepared:
-        manifest = dataset.read_manifest(self.root, self.job.dataset_id)
-        wanted = "pairs" if self.spec.kind == "dpo" else "samples"
-        if manifest.kind != wanted:
-            raise JobFailed(
-                f"a {self.spec.kind} job trains on {wanted}, {manifest.name} holds {manifest.kind}", hint="name other data"
-            )
-        rows = dataset.read_rows(self.root, manifest)
-        return dataset.prepare(rows, self.spec, self.special, lambda row: encode(self.tokenizer, row))
-
-    @cached_property
-    def start(self) -> registry.ModelRecord | None:
-        """The model a dpo job goes on from. Raises JobFailed if it was trained on another base."""
-        if not self.spec.start:
-            return None
-        record = registry.resolve(self.root, self.spec.start)
-        if record.base_sha256 != self.base.sha256:
-            raise JobFailed(
-                f"{record.tag} was trained on {record.base}, which is not the file that base = {self.spec.base!r} is now",
-                hint="use the base of the model that the job starts from",
-            )
-        return record
-
-    @cached_property
-    def device(self) -> "Device":
-        from trainer_node.train.device import probe
-
-        longest = max(row.longest for row in self.data.train)
-        return probe(self.spec.train.batch * longest, self.base.hidden, self.base.feed_forward, self.spec.train.dtype)
-
-    def connect(self) -> OllamaApi:
-        """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends."""
-        runtime = ensure_runtime(self.root)
-        log.info("runtime: %s (%s %s)", runtime.url, "embedded" if runtime.embedded else "Ollama", runtime.version)
-        return OllamaApi(runtime.url)
-
-    def model(self) -> Any:
-        """A fresh copy of the base's weights, ready for an adapter."""
-        longest = max(row.longest for row in self.data.train + self.data.held_out)
-        return load_model(self.base, self.device.dtype, self.device.kind, longest)
-
-    def start_adapter(self) -> Path:
-        assert self.start is not None
-        return self.root / self.start.folder / "adapter"
-
-
 def prepare(work: Work) -> None:
     """Read and check everything, tell the plan, and make sure that training and serving agree on tokens."""
     from trainer_node.train.agreement import require_agreement
@@ -132,28 +59,32 @@ def prepare(work: Work) -> None:
     if work.start is not None:
         rank = int(json.loads((work.start_adapter() / "adapter_config.json").read_bytes())["r"])
         log.info("goes on from %s: its adapter has rank %d", work.start.tag, rank)
+    data = work.data  # first: its base may have to be fetched, and so long the GPU can serve others
+    work.wait_for(lambda: in_the_way(work.root, MEASURE_MB))
     registers = f"{work.spec.name}:v<next>, and {work.spec.name}:latest if that is hafs's"
-    plan = make_plan(work.spec, work.base, work.data, rank, work.device, work.root, registers)
+    plan = make_plan(work.spec, work.base, data, rank, work.device, work.root, registers)
     write_atomic(work.dir.path / "plan.json", plan.model_dump_json(indent=1).encode())
     for line in plan_lines(plan):
         log.info(line)
     require_room(plan)
     with work.connect() as api:
         register_gguf(api, work.base.tag, work.base.path)
-        log.info(require_agreement(api, work.base.tag, work.data.train))
-        api.unload(work.base.tag)
+        log.info(require_agreement(api, work.base.tag, data.train))
+    needed_mb = plan.memory_mb if work.device.kind == "cuda" else 0.0
+    work.wait_for(lambda: in_the_way(work.root, needed_mb))
 
 
 def train(work: Work) -> None:
     from trainer_node.train.dpo import train_dpo
     from trainer_node.train.sft import train_sft
 
-    base = work.model()
     rows, spec = work.data.train, work.spec
-    if work.start is None:
-        stats = train_sft(base, work.tokenizer, rows, spec, work.dir, work.device)
-    else:
-        stats = train_dpo(base, work.start_adapter(), work.tokenizer, rows, spec, work.dir, work.device)
+    with watched(work.root, work.say):
+        base = work.model()
+        if work.start is None:
+            stats = train_sft(base, work.tokenizer, rows, spec, work.dir, work.device)
+        else:
+            stats = train_dpo(base, work.start_adapter(), work.tokenizer, rows, spec, work.dir, work.device)
     log.info("trained %d steps in %.0f s, loss %.3f -> %.3f", stats.steps, stats.train_s, stats.first_loss, stats.last_loss)
 
 
@@ -198,7 +129,7 @@ def register(work: Work) -> None:
         version=0,
         kind=work.spec.kind,
         job=work.dir.id,
-        base=work.spec.base,
+        base=work.dir.base() or work.spec.base,
         base_sha256=work.base.sha256,
         dataset_id=work.job.dataset_id,
         adapter_sha256=hashlib.sha256(work.dir.adapter_gguf.read_bytes()).hexdigest(),
@@ -231,20 +162,20 @@ STAGES: tuple[tuple[JobState, Callable[[Work], bool], Callable[[Work], None]], .
 )
 
 
-def run(job_dir: JobDir, attempt: int) -> None:
+def run(job_dir: JobDir, attempt: int, *, offline: bool = False) -> None:
     """Do what is left of the job.
 
     Raises:
         JobCancelled: the stop file was seen, between two stages or during training.
         HafsError: any failure, in the words of the stage that met it.
     """
-    work = Work(job_dir)
+    work = Work(job_dir, attempt, offline=offline)
     for state, done, stage in STAGES:
         if job_dir.stop_file.exists():
             raise JobCancelled(f"stopped before {state}")
         skipped = "done in an earlier attempt" if done(work) else ""
         log.info("%s %s", state, skipped)
-        job_dir.write_stage(attempt, Stage(state=state, detail=skipped))
+        work.enter(state, skipped)
         if not skipped:
             stage(work)
 
@@ -253,15 +184,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer_node.pipeline")
     parser.add_argument("--job", type=Path, required=True, help="the job's folder")
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--fence", type=int, default=0, help="of the lease; 0: started by hand")
     options = parser.parse_args(argv)
+    offline = hub.offline_wanted(os.environ)
     os.environ.update(ENVIRONMENT)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another: nothing a person could do
-    job_dir = JobDir(options.job.resolve())
+    job_dir = JobDir(options.job.resolve(), options.fence)
     try:
-        run(job_dir, options.attempt)
+        run(job_dir, options.attempt, offline=offline)
     except JobCancelled as stopped:
         log.info("%s", stopped)
         return STOPPED

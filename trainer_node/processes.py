@@ -16,8 +16,31 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from config.errors import NodeError, translate_os_errors
+from config.faults import around
+
+
+class Child(Protocol):
+    """A process that this one started; `poll` reaps it and gives its exit code, None while it runs."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+
+
+class Processes:
+    """What the daemon does to processes; a test that needs none of the real ones puts another in its place."""
+
+    def start_detached(self, argv: Sequence[str], *, cwd: Path, log: Path) -> Child:
+        return start_detached(argv, cwd=cwd, log=log)
+
+    def alive(self, process: "ProcessId") -> bool:
+        return alive(process)
+
+    def kill_tree(self, leader: "ProcessId") -> None:
+        kill_tree(leader)
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,12 @@ class ProcessId:
 
 @cache
 def boot_id() -> str:
-    """Names this boot on Linux; elsewhere empty, where the create time alone tells boots apart."""
+    """Names this boot on Linux; elsewhere empty, where the create time alone tells boots apart.
+
+    HAFS_BOOT_ID is for tests: another value is another boot.
+    """
+    if "HAFS_BOOT_ID" in os.environ:
+        return os.environ["HAFS_BOOT_ID"]
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text(encoding="ascii").strip() if file.exists() else ""
 
@@ -64,15 +92,18 @@ def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> "subprocess.
             # A first line shows where this start's words begin, and that the disk takes words at all.
             output.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC {shlex.join(argv)}\n".encode())
             output.flush()
-            if sys.platform == "win32":
-                # sshd's sessions are job objects that are killed on close: break away from them.
-                flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_BREAKAWAY_FROM_JOB
+            with around("process.start"):
+                if sys.platform == "win32":
+                    # sshd's sessions are job objects that are killed on close: break away from them.
+                    flags = (
+                        subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_BREAKAWAY_FROM_JOB
+                    )
+                    return subprocess.Popen(
+                        argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, creationflags=flags
+                    )
                 return subprocess.Popen(
-                    argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, creationflags=flags
+                    argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
-            return subprocess.Popen(
-                argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
 
 
 def lead_tree() -> None:
@@ -175,6 +206,7 @@ def _kill(pid: int) -> None:
     import psutil
 
     try:
-        psutil.Process(pid).kill()
+        with around("process.kill"):
+            psutil.Process(pid).kill()
     except psutil.NoSuchProcess:
         return

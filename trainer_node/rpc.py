@@ -1,19 +1,22 @@
 """Serves one connection: one line of ASCII JSON in, one line out, until end of file. Nothing is kept between two lines.
 
 Every whole line gets exactly one reply, whatever is in it; a line that the end of file cuts off is not carried out.
-Nothing but replies reaches stdout: what any library prints goes to stderr. A job's state is never changed here.
+Nothing but replies reaches stdout: what any library prints goes to stderr. A job is queued here, anew or again; all else that
+befalls it is the daemon's doing.
 """
 
 import hashlib
+import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -21,15 +24,19 @@ from config.contracts import wire
 from config.contracts.base import Tolerant
 from config.contracts.job import JobError, TrainJob
 from config.errors import HafsError, JobNotFound, MissingExtra, NodeError, ProtocolError, translate_os_errors
+from config.faults import around
 from trainer_node.daemon import daemon_pid, log_file
+from trainer_node.events import read_events
 from trainer_node.inbox import Inbox
 from trainer_node.jobdir import JobDir
 from trainer_node.logs import read_log, read_metrics
-from trainer_node.processes import start_detached
+from trainer_node.processes import Child, start_detached
 from trainer_node.queue import Queue
+from trainer_node.refusals import note_refusal
 
 DAEMON_IDLE_EXIT_S = 900
-UPGRADE = 'upgrade hafs on the node: pip install -U "hafs[node,runtime]" on that machine'
+BODY_CHUNK_BYTES = 2**17
+UPGRADE = "upgrade the node, on the laptop: hafs nodes upgrade NAME"
 
 A = TypeVar("A", bound=Tolerant)
 R = TypeVar("R", bound=Tolerant)
@@ -53,13 +60,46 @@ def serve(root: Path, requests: IO[bytes], replies: IO[bytes]) -> None:
         BrokenPipeError: nobody reads the replies.
     """
     service = Service(root)
+
+    def tell(arrived: wire.Reply) -> None:
+        _write(replies, arrived)
+
     try:
         for line in read_requests(requests):
-            reply = service.answer(line)
-            replies.write(json.dumps(reply.model_dump(mode="json"), separators=(",", ":")).encode("ascii") + b"\n")
-            replies.flush()
+            _write(replies, service.answer(line, lambda size: RequestBody(requests, size, tell)))
     finally:
         service.close()
+
+
+def _write(replies: IO[bytes], reply: wire.Reply) -> None:
+    replies.write(json.dumps(reply.model_dump(mode="json"), separators=(",", ":")).encode("ascii") + b"\n")
+    replies.flush()
+
+
+class RequestBody:
+    """The bytes that follow a request. `tell` is called now and then while they come."""
+
+    def __init__(self, stream: IO[bytes], size: int, tell: Callable[[wire.Reply], None]) -> None:
+        self._stream, self._size, self._left, self._tell = stream, size, size, tell
+        self._told_at = time.monotonic()
+
+    def read(self, size: int, /) -> bytes:
+        """Some bytes as soon as there are any; none at the end, which is early where the connection is lost."""
+        data = cast(io.BufferedReader, self._stream).read1(min(size, self._left)) if self._left else b""
+        self._left = self._left - len(data) if data else 0
+        if data and time.monotonic() - self._told_at > wire.ARRIVED_EVERY_S:
+            self._told_at = time.monotonic()
+            self._tell(wire.Reply(arrived=self._size - self._left))
+        return data
+
+    def drain(self) -> None:
+        """Read off what nobody has read."""
+        while self.read(BODY_CHUNK_BYTES):
+            pass
+
+
+def _no_body(size: int) -> RequestBody:
+    return RequestBody(io.BytesIO(), size, lambda _: None)
 
 
 def read_requests(stream: IO[bytes]) -> Iterator[bytes | None]:
@@ -86,7 +126,7 @@ class Route(Generic[A, R]):
             args = self._verb.args.model_validate(raw)
         except ValidationError as error:
             raise ProtocolError(
-                f"arguments of {self._verb.name}: {_first(error)}", hint="upgrade the older of the two sides"
+                f"arguments of {self._verb.name}: {_first(error)}", hint=f"do the versions differ? {UPGRADE}"
             ) from error
         return self._run(args).model_dump(mode="json")
 
@@ -96,21 +136,29 @@ class Service:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._daemon: Child | None = None  # that this process started
         self._inbox = Inbox(root)
+        self._body = _no_body(0)  # of the request that is served now
         routes: list[Route[Any, Any]] = [
             Route(wire.PING, self.ping),
             Route(wire.HAVE, self.have),
-            Route(wire.COMMIT_SEGMENT, self.commit_segment),
+            Route(wire.RECEIVE, self.receive),
             Route(wire.COMMIT_DATASET, self.commit_dataset),
+            Route(wire.GC, self.gc),
             Route(wire.SUBMIT, self.submit),
             Route(wire.STATUS, self.status),
             Route(wire.CANCEL, self.cancel),
+            Route(wire.RETRY, self.retry),
+            Route(wire.EVENTS, self.events),
             Route(wire.LOGS, self.logs),
             Route(wire.METRICS, self.metrics),
             Route(wire.MODELS, self.models),
             Route(wire.ARTIFACTS, self.artifacts),
             Route(wire.RUNTIME, self.runtime),
             Route(wire.GPU, self.gpu),
+            Route(wire.DATASETS, self.datasets),
+            Route(wire.SERVER, self.server),
+            Route(wire.DOCTOR, self.doctor),
         ]
         self._routes = {route.name: route for route in routes}
 
@@ -119,14 +167,30 @@ class Service:
         return Queue(self.root)
 
     def close(self) -> None:
+        self._inbox.close()
         if "_queue" in vars(self):
             self._queue.close()
 
-    def answer(self, line: bytes | None) -> wire.Reply:
-        """The reply to one line. Never raises for what is in it: this is the one place where errors become replies."""
+    def answer(self, line: bytes | None, open_body: Callable[[int], RequestBody] = _no_body) -> wire.Reply:
+        """The reply to one line. Never raises for what is in it: this is the one place where errors become replies.
+
+        Args:
+            open_body: gives the bytes that follow the line, of which it is told the number.
+        """
+        reply = self._answer(line, open_body)
+        if reply.error is not None:
+            note_refusal(self.root, reply.error.code, reply.error.message)
+        return reply
+
+    def _answer(self, line: bytes | None, open_body: Callable[[int], RequestBody]) -> wire.Reply:
         try:
             with translate_os_errors(self.root):
-                return wire.Reply(result=self._route(_parse(line)))
+                request = _parse(line)
+                self._body = open_body(request.body_bytes)
+                try:
+                    return wire.Reply(result=self._route(request))
+                finally:
+                    self._body.drain()
         except HafsError as error:
             return _refusal(type(error), str(error), error.hint)
         except ModuleNotFoundError as error:
@@ -154,11 +218,16 @@ class Service:
     def have(self, args: wire.HaveArgs) -> wire.HaveResult:
         return wire.HaveResult(segments=[self._inbox.have(segment) for segment in args.segments])
 
-    def commit_segment(self, args: wire.CommitSegmentArgs) -> wire.SegmentStatus:
-        return self._inbox.commit_segment(args.segment)
+    def receive(self, args: wire.ReceiveArgs) -> wire.SegmentStatus:
+        return self._inbox.receive(args.segment, args.offset, self._body)
 
     def commit_dataset(self, args: wire.CommitDatasetArgs) -> wire.DatasetResult:
         return self._inbox.commit_dataset(args.manifest)
+
+    def gc(self, args: wire.GcArgs) -> wire.GcResult:
+        from trainer_node.gc import collect
+
+        return wire.GcResult(garbage=collect(self.root, self._queue.all(), dry_run=args.dry_run))
 
     def submit(self, args: wire.SubmitArgs) -> wire.SubmitResult:
         """Queue the job once, then see to it that a daemon is there: one that comes to leave looks at the queue a last time."""
@@ -180,6 +249,16 @@ class Service:
         self._wake()
         return wire.JobsResult(jobs=[self._queue.get(job.id)])
 
+    def retry(self, args: wire.JobArgs) -> wire.JobsResult:
+        if not args.job:
+            raise JobNotFound("try which job again?", hint="name one: hafs train status lists them")
+        job = self._queue.retry(self._queue.resolve(args.job).id)
+        self._wake()
+        return wire.JobsResult(jobs=[job])
+
+    def events(self, args: wire.EventsArgs) -> wire.EventsResult:
+        return read_events(self._queue, args)
+
     def logs(self, args: wire.ReadArgs) -> wire.ReadResult:
         return read_log(self._queue, self.root, args)
 
@@ -198,32 +277,57 @@ class Service:
         return wire.ArtifactsResult(tag=model.tag, files=list_artifacts(self.root / model.folder))
 
     def runtime(self, args: wire.RuntimeArgs) -> wire.RuntimeResult:
+        from trainer_node.base_model import base_tag, resolve_gguf
         from trainer_node.runtime.launch import ensure_runtime
 
+        path = resolve_gguf(args.gguf) if args.gguf else None  # first: nothing is started for a file that is not there
         info, model = ensure_runtime(self.root), args.model
-        if args.gguf:
-            from trainer_node.base_model import base_tag, resolve_gguf
+        if path is not None:
             from trainer_node.ollama import OllamaApi, register_gguf
 
-            path = resolve_gguf(args.gguf)
             model = model or base_tag(_sha256(path))
             with OllamaApi(info.url) as api:
                 register_gguf(api, model, path)
         return wire.RuntimeResult(url=info.url, model=model, embedded=info.embedded, version=info.version, started=info.started)
+
+    def datasets(self, _: wire.Nothing) -> wire.DatasetsResult:
+        from trainer_node.holdings import datasets
+
+        return wire.DatasetsResult(datasets=datasets(self.root))
+
+    def server(self, _: wire.Nothing) -> wire.ServerResult:
+        from trainer_node.runtime.launch import find_server, loaded_models
+
+        found = find_server(self.root)
+        if found is None:
+            return wire.ServerResult()
+        loaded = loaded_models(found.url)
+        return wire.ServerResult(url=found.url, embedded=found.embedded, version=found.version, loaded=loaded)
 
     def gpu(self, _: wire.Nothing) -> wire.GpuResult:
         from trainer_node.gpu import look
 
         return look(self.root)
 
+    def doctor(self, args: wire.DoctorArgs) -> wire.DoctorResult:
+        from trainer_node.doctor import examine
+
+        return wire.DoctorResult(checks=[wire.DoctorCheck(**check._asdict()) for check in examine(self.root, args.time)])
+
     def _write_job(self, id_: str, job: TrainJob) -> None:
         JobDir(self.root / "jobs" / id_).write_job(job)
 
     def _wake(self) -> None:
-        """Start a daemon if something is owed and none is there. Two at once are no harm: the second finds the lock held."""
-        if self._queue.owed() and daemon_pid(self.root) is None:
+        """Start a daemon if something is owed and none is there, nor on its way.
+
+        Two at once, of two connections, are no harm: the second finds the lock held.
+        """
+        on_its_way = self._daemon is not None and self._daemon.poll() is None
+        if not on_its_way and self._queue.owed() and daemon_pid(self.root) is None:
             argv = [sys.executable, "-P", "-m", "trainer_node.cli", "daemon", "--root", str(self.root)]
-            start_detached([*argv, "--idle-exit", str(DAEMON_IDLE_EXIT_S)], cwd=self.root, log=log_file(self.root))
+            with around("daemon.start"):
+                argv += ["--idle-exit", str(DAEMON_IDLE_EXIT_S)]
+                self._daemon = start_detached(argv, cwd=self.root, log=log_file(self.root))
 
 
 def list_artifacts(folder: Path) -> list[wire.Artifact]:

@@ -1,51 +1,68 @@
 """Runs one attempt of a job. It leads the session of everything the job starts, and writes exit.json last, whole, once.
 
 No exit.json and no living runner means: cut off (by a reboot, or by kill -9 of the runner itself).
-One runner at a time in a job's folder: it holds runner.lock before it says who it is.
+One runner at a time in a job's folder and on a device: it holds runner.lock and the device's lock before it says who it is,
+and one that comes too late, after its attempt was given up, starts nothing. The device's lock goes on to the pipeline, so it is
+free only when the last process of the attempt is gone. Every five seconds the runner says that it lives.
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from config.contracts.job import JobError
-from config.errors import JobFailed, StoreHeld
+from config.errors import JobFailed, LeaseLost, StoreError, StoreHeld
+from config.faults import around
 from config.locks import FileLock
 from trainer_node.jobdir import STOPPED, Exit, JobDir, RunnerRecord
+from trainer_node.leases import CPU, device_lock, environment
 from trainer_node.processes import describe_exit, identify_self, lead_tree
 
 PIPELINE = (sys.executable, "-P", "-m", "trainer_node.pipeline")
 TAIL_LINES, TAIL_BYTES = 8, 4096
+HEARTBEAT_S = 5.0
+DEVICE_WAIT_S = 10.0  # the last process of the attempt before may still be on its way out
+
+log = logging.getLogger("trainer_node.runner")
 
 
-def runner_argv(folder: JobDir, attempt: int, pipeline: Sequence[str]) -> list[str]:
+def runner_argv(folder: JobDir, attempt: int, device: str, pipeline: Sequence[str]) -> list[str]:
+    """The command line of the runner of an attempt; `folder` carries the fence."""
     own = [sys.executable, "-P", "-m", "trainer_node.runner"]
-    return [*own, "--job", str(folder.path), "--attempt", str(attempt), "--", *pipeline]
+    lease = ["--device", device, "--fence", str(folder.fence)]
+    return [*own, "--job", str(folder.path), "--attempt", str(attempt), *lease, "--", *pipeline]
 
 
-def run(folder: JobDir, attempt: int, pipeline: Sequence[str] = PIPELINE) -> Exit:
+def run(folder: JobDir, attempt: int, device: str = CPU, pipeline: Sequence[str] = PIPELINE) -> Exit:
     """Run the pipeline to its end; the Exit returned is also in exit.json.
 
     Raises:
-        StoreHeld: another runner works in this folder; nothing was started or written.
+        StoreHeld: another runner works in this folder or on this device; nothing was started or written.
+        LeaseLost: the attempt was given up, before it began or while it ran.
         StoreError: the attempt's folder cannot be written.
     """
-    lock = FileLock(folder.path / "runner.lock")
-    if not lock.acquire():
-        raise StoreHeld(f"another runner works on {folder.id}", hint="hafs-node doctor shows who; nothing was started")
-    folder.write_runner(_record(attempt))
-    try:
-        code = _run_pipeline(folder, attempt, pipeline)
-        exit_ = exit_of(folder, attempt, code)
-    except OSError as error:
-        exit_ = Exit(code=1, error=JobError(code=JobFailed.__name__, message=f"cannot start the pipeline: {error}"))
-    folder.write_exit(attempt, exit_)
-    lock.release()
-    return exit_
+    with ExitStack() as held:
+        _hold(held, FileLock(folder.path / "runner.lock"), folder.id)
+        on_device = _hold(held, FileLock(device_lock(folder.root, device)), device, DEVICE_WAIT_S)
+        on_device.sign()
+        record = _record(folder, attempt)
+        folder.write_runner(record)
+        try:
+            with _heartbeat(folder, record):
+                code = _run_pipeline(folder, attempt, device, on_device, pipeline)
+            exit_ = exit_of(folder, attempt, code)
+        except OSError as error:
+            exit_ = Exit(code=1, error=JobError(code=JobFailed.__name__, message=f"cannot start the pipeline: {error}"))
+        folder.write_exit(attempt, exit_)
+        return exit_
 
 
 def exit_of(folder: JobDir, attempt: int, code: int) -> Exit:
@@ -72,17 +89,66 @@ def log_tail(folder: JobDir, attempt: int) -> str:
     return "its last lines: " + "\n".join([line.rstrip() for line in lines if line.strip()][-TAIL_LINES:])
 
 
-def _run_pipeline(folder: JobDir, attempt: int, pipeline: Sequence[str]) -> int:
-    argv = [*pipeline, "--job", str(folder.path), "--attempt", str(attempt)]
-    with folder.log_file(attempt).open("ab") as log:
-        child = subprocess.Popen(argv, cwd=folder.path, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+def _hold(held: ExitStack, lock: FileLock, what: str, patience_s: float = 0.2) -> FileLock:
+    if not lock.acquire(patience_s):
+        raise StoreHeld(f"another runner works on {what}", hint="hafs-node doctor shows who; nothing was started")
+    held.callback(lock.release)
+    return lock
+
+
+def _run_pipeline(folder: JobDir, attempt: int, device: str, lock: FileLock, pipeline: Sequence[str]) -> int:
+    argv = [*pipeline, "--job", str(folder.path), "--attempt", str(attempt), "--fence", str(folder.fence)]
+    inherited = () if sys.platform == "win32" else (lock.handle,)  # Windows: the Job Object ends the tree with the runner
+    with folder.log_file(attempt).open("ab") as output, around("pipeline.start"):
+        child = subprocess.Popen(
+            argv,
+            cwd=folder.path,
+            env={**os.environ, **environment(device)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=inherited,
+        )
+    signal.signal(signal.SIGTERM, lambda *_: _terminate(child))
     return child.wait()
 
 
-def _record(attempt: int) -> RunnerRecord:
+def _terminate(child: "subprocess.Popen[bytes]") -> None:
+    with around("pipeline.terminate"):
+        child.terminate()
+
+
+@contextmanager
+def _heartbeat(folder: JobDir, record: RunnerRecord) -> Iterator[None]:
+    """Write the record anew now and then. A disk that takes it not, or a lost lease, ends no training: it is only said."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            try:
+                folder.write_runner(record.model_copy(update={"heartbeat_at": time.time()}))
+            except (StoreError, LeaseLost) as error:
+                log.warning("%s: no heartbeat: %s", folder.id, error)
+
+    thread = threading.Thread(target=beat, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _record(folder: JobDir, attempt: int) -> RunnerRecord:
     me = identify_self()
-    return RunnerRecord(pid=me.pid, create_time=me.create_time, boot_id=me.boot_id, attempt=attempt)
+    return RunnerRecord(
+        pid=me.pid,
+        create_time=me.create_time,
+        boot_id=me.boot_id,
+        attempt=attempt,
+        fence=folder.fence,
+        heartbeat_at=time.time(),
+    )
 
 
 def _error_file(folder: JobDir, attempt: int) -> JobError | None:
@@ -96,10 +162,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="trainer_node.runner")
     parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--device", default=CPU)
+    parser.add_argument("--fence", type=int, default=0, help="of the lease; 0: started by hand")
     parser.add_argument("pipeline", nargs="*", default=list(PIPELINE))
     args = parser.parse_args()
     lead_tree()
-    run(JobDir(args.job.resolve()), args.attempt, args.pipeline)
+    run(JobDir(args.job.resolve(), args.fence), args.attempt, args.device, args.pipeline)
 
 
 if __name__ == "__main__":

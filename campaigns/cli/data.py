@@ -33,7 +33,8 @@ def pairs(
 ) -> None:
     """Make preference pairs of a campaign's samples: the accepted answer against one with a single fact broken."""
     from campaigns.cli import render
-    from campaigns.datasets import make_pairs, pairs_file
+    from campaigns.datasets import pairs_file
+    from campaigns.pairs import make_pairs
     from campaigns.spec import load_campaign
     from config.settings import load_settings
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from campaigns.cli import render, render_campaign
+from campaigns.cli import render, render_campaign, render_train
 from campaigns.cli.campaign_live import run_live
 from campaigns.cli.train_live import watch
 from campaigns.loop import Loop, LoopResult
@@ -36,7 +36,7 @@ class Terminal:
     def follow(self, settings: Settings, node: str, job: str) -> JobView:
         render.line(f"following job {job}; Ctrl-C leaves it running, the same command comes back to it")
         render.line(f"to stop the job itself: {render.command('train', 'cancel', job, node=node)}")
-        ended = watch(settings, node, job, render.raw)
+        ended = watch(settings, node, job, render_train.log)
         render.job_end(ended)
         return ended
 

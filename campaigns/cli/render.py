@@ -120,7 +120,8 @@ def job_end(job: JobView) -> None:
     line(job_line(job))
     if job.error:
         line(f"  {job.error.code}: {job.error.message}")
-        line(f"  {job.error.hint}" if job.error.hint else "")
+        if job.error.hint:
+            line(f"  {job.error.hint}")
     if result := job.result:
         alias = f", also {result.alias}" if result.alias else ""
         line(f"  registered {result.model}{alias}; {result.steps} steps in {duration(result.train_s)}")
@@ -191,7 +192,8 @@ def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
 def pushed(result: "PushResult", node: str) -> None:
     what = f"dataset {result.dataset_id[:12]}, {result.rows} rows"
     if result.sent_bytes:
-        return line(f"{node} has {what}: sent {size(result.sent_bytes)}, {size(result.skipped_bytes)} were there")
+        speed = f" in {result.seconds:.1f} s ({size(result.sent_bytes / result.seconds)}/s)" if result.seconds else ""
+        return line(f"{node} has {what}: sent {size(result.sent_bytes)}{speed}, {size(result.skipped_bytes)} were there")
     line(f"{node} has {what} already: nothing sent")
 
 

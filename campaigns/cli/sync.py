@@ -10,19 +10,38 @@ Node = Annotated[str, typer.Option("--node", help="A node of nodes.toml; local i
 
 
 @app.command()
-def push(names: Annotated[list[str], typer.Argument(help="Campaigns or sets of pairs.")], node: Node = "local") -> None:
+def push(
+    names: Annotated[list[str], typer.Argument(help="Campaigns or sets of pairs; several become one dataset.")],
+    node: Node = "local",
+    follow: Annotated[bool, typer.Option("--follow", help="Go on while a campaign runs, and end with it.")] = False,
+) -> None:
     """Seal rows into segments and send what the node does not have yet."""
-    from campaigns.cli import render
-    from campaigns.datasets import seal_named
-    from campaigns.sync.push import push as push_dataset
-    from campaigns.sync.remote import connect
+    if follow:
+        return _follow(names, node)
+    from campaigns.sync.remote import connecting
     from config.settings import load_settings
 
     settings = load_settings()
-    sealed = seal_named(settings, names)
-    render.left_out(sealed)
-    with connect(settings, node) as remote, render.transfer("sending") as on_bytes:
-        result = push_dataset(remote, sealed, on_bytes)
+    with connecting(settings, node) as connected:  # what follows is loaded while the node answers
+        from campaigns.cli import render
+        from campaigns.datasets import sealing_named
+        from campaigns.sync.push import push as push_dataset
+
+        with sealing_named(settings, names) as sealing, render.transfer("sending") as on_bytes:
+            result = push_dataset(connected(), sealing, on_bytes)
+    render.left_out(sealing.result)
+    render.pushed(result, node)
+
+
+def _follow(names: list[str], node: str) -> None:
+    from campaigns.cli import render, render_sync
+    from campaigns.sync.follow import push_following
+    from campaigns.sync.remote import node_named
+    from config.settings import load_settings
+
+    settings = load_settings()
+    with node_named(settings, node) as remote, render.transfer("sending") as on_bytes:
+        result = push_following(settings, remote, names, on_bytes, lambda each: render_sync.round_of(node, each))
     render.pushed(result, node)
 
 
@@ -40,3 +59,22 @@ def pull(
     with connect(settings, node) as remote, render.transfer("fetching") as on_bytes:
         folder = pull_model(remote, settings, model, on_bytes)
     render.line(f"{model}: {folder}")
+
+
+@app.command()
+def gc(
+    node: Node = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Remove what nobody needs: here, packed rows; on the node, broken uploads and data that no job and no dataset names."""
+    from campaigns.cli import render_sync
+    from campaigns.sync.gc import collect
+    from campaigns.sync.remote import connect
+    from config.contracts.wire import GC, GcArgs
+    from config.settings import load_settings
+
+    settings = load_settings()
+    with connect(settings, node) as remote:
+        there = remote.call(GC, GcArgs(dry_run=dry_run)).garbage
+    render_sync.garbage({"this machine": collect(settings, dry_run=dry_run), f"node {node}": there}, dry_run, as_json)

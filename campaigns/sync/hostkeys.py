@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +61,22 @@ def pin(path: Path, key: HostKey) -> None:
     write_atomic(path, "".join(f"{entry.line}\n" for entry in [*known.values(), key]).encode())
 
 
-def require_same(path: Path, pinned: HostKey, offered: HostKey) -> None:
-    """Raises HostKeyRefused with both fingerprints where the keys differ."""
+def unpin(path: Path, host: str) -> None:
+    """Forget the key of `host`. Raises ConfigError where the file cannot be read."""
+    known = known_keys(path)
+    if known.pop(host, None):
+        write_atomic(path, "".join(f"{entry.line}\n" for entry in known.values()).encode())
+
+
+def require_same(path: Path, pinned: HostKey, offered: HostKey, name: str = "NAME") -> None:
+    """Raises HostKeyRefused with both fingerprints where the keys differ. `name`: of the node, as far as it is known."""
     if (pinned.type, pinned.base64) == (offered.type, offered.base64):
         return
     raise HostKeyRefused(
         f"the host key of {offered.host} has changed: pinned {pinned.type} {pinned.fingerprint}, "
         f"offered {offered.type} {offered.fingerprint}",
         hint=f"someone may be in between. Only if you know why it changed: remove the line of {pinned.host} from {path} "
-        "and trust the new key",
+        f"and trust the new key: hafs nodes trust {name}",
     )
 
 
@@ -81,10 +89,26 @@ def unknown(name: str, key: HostKey) -> HostKeyRefused:
 
 
 def _parsed(line: str, where: str) -> HostKey:
+    """A line of OpenSSH's known_hosts says more: patterns, lists, hashed names, markers. None of it would match here."""
     fields = line.split()
     try:
         host, kind, blob = fields[:3]
-        base64.b64decode(blob, validate=True)
+        named, _, *_ = _fields(base64.b64decode(blob, validate=True))
+        if re.search(r"[@|*?!,]", host) or named != kind.encode():
+            raise ValueError(host)
     except (ValueError, binascii.Error) as error:
-        raise ConfigError(f"{where}: not `host type base64`", hint="remove the line and trust the node again") from error
+        hint = "one plain host a line; remove the line and trust the node again: hafs nodes trust NAME"
+        raise ConfigError(f"{where}: not `host type base64`", hint=hint) from error
     return HostKey(host, kind, blob)
+
+
+def _fields(key: bytes) -> list[bytes]:
+    """What a public key is made of, its type first (RFC 4253, 6.6). Raises ValueError where it is cut short."""
+    found = []
+    while key:
+        end = 4 + int.from_bytes(key[:4], "big")
+        if end > len(key):
+            raise ValueError("cut short")
+        found.append(key[4:end])
+        key = key[end:]
+    return found

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import tenacity
 from pydantic import ValidationError
@@ -27,6 +27,10 @@ WAIT_S = 2.0  # one long poll; a change of state without a log line is seen at i
 ANSWER_S = 15.0  # beyond the wait
 
 
+A = TypeVar("A", bound=Tolerant)
+R = TypeVar("R", bound=Tolerant)
+
+
 class JobRecord(Tolerant):
     """What this laptop sent, or was about to send. `job_id` is None until the node has answered. `created_at`: Unix seconds."""
 
@@ -37,9 +41,24 @@ class JobRecord(Tolerant):
     created_at: float
 
 
-def submit(settings: Settings, node: Node, spec: JobSpec, dataset_id: str) -> SubmitResult:
+@dataclass(frozen=True)
+class Order:
+    """When a job runs: of those that wait one of a higher priority first, and not before the job `after` (an id) succeeded."""
+
+    priority: int = 0
+    after: str = ""
+
+
+def submit(settings: Settings, node: Node, spec: JobSpec, dataset_id: str, order: Order = Order()) -> SubmitResult:
     """Ask for a new run. Raises NodeUnreachable where the answer was lost: then `pending` finds the record to send again."""
-    job = TrainJob(spec=spec, dataset_id=dataset_id, code_version=hafs_version(), nonce=secrets.token_hex(16))
+    job = TrainJob(
+        spec=spec,
+        dataset_id=dataset_id,
+        code_version=hafs_version(),
+        nonce=secrets.token_hex(16),
+        priority=order.priority,
+        after=order.after,
+    )
     record = JobRecord(key=job.key, node=node.name, job=job, created_at=time.time())
     return send(settings, node, record)
 
@@ -66,9 +85,9 @@ def records(settings: Settings) -> list[JobRecord]:
 
 @dataclass(frozen=True)
 class LogText:
-    """What the job printed, whole lines. `attempt` and `offset` are where following goes on after it."""
+    """What the job printed, whole lines, byte for byte. `attempt` and `offset` are where following goes on after it."""
 
-    text: str
+    data: bytes
     attempt: int
     offset: int
 
@@ -120,59 +139,80 @@ def follow(node: Node, job: str, attempt: int = 0, offset: int = 0) -> Iterator[
     return _Following(node, job, attempt, offset).events()
 
 
-class _Following:
-    def __init__(self, node: Node, job: str, attempt: int, offset: int) -> None:
+class Patient:
+    """Calls that wait for an unreachable node without end. Each outage is told once."""
+
+    def __init__(self, node: Node) -> None:
         self._node = node
-        self._log = ReadArgs(job=job, attempt=attempt, offset=offset, wait_s=WAIT_S)
-        self._metrics = ReadArgs(job=job)
-        self._lines: set[str] = set()  # metrics begin again from 0 where an attempt cut their file back
-        self._shown: tuple[object, ...] | None = None
         self._answered_at = time.time()
+        self.outages = 0
 
-    def events(self) -> Iterator[FollowEvent]:
-        while True:
-            read = yield from self._ask(LOGS, self._log)
-            job, after = read.job, _next(self._log, read)
-            state = (job.state, job.detail, job.attempt)
-            if state != self._shown:
-                self._shown = state
-                yield StateChanged(job)
-            if read.text:
-                yield LogText(read.text, read.attempt, read.offset)
-            self._metrics = self._metrics.model_copy(update={"job": job.id})
-            yield from self._new_metrics()
-            if job.state.ended and not read.text and after == self._log:
-                yield Ended(job)
-                return
-            self._log = after
-
-    def _new_metrics(self) -> Iterator[FollowEvent]:
-        while True:
-            read = yield from self._ask(METRICS, self._metrics)
-            for line in read.text.splitlines():
-                if line not in self._lines:
-                    self._lines.add(line)
-                    yield MetricsRead(Metrics.model_validate_json(line))
-            before, self._metrics = self._metrics, _next(self._metrics, read)
-            if before == self._metrics:
-                return
-
-    def _ask(self, verb: Verb[ReadArgs, ReadResult], args: ReadArgs) -> Generator[FollowEvent, None, ReadResult]:
-        """The answer, however long it takes; an outage is told once, and the state again after it."""
+    def call(self, verb: Verb[A, R], args: A, deadline_s: float) -> Generator[Unknown, None, R]:
+        """The answer, however long it takes."""
         told = False
         for attempt in tenacity.Retrying(
             wait=tenacity.wait_exponential_jitter(initial=0.2, max=30),
             retry=tenacity.retry_if_exception_type(NodeUnreachable),
         ):
             with attempt:
-                read = self._node.call(verb, args, args.wait_s + ANSWER_S)
+                answer = self._node.call(verb, args, deadline_s)
                 self._answered_at = time.time()
-                return read
+                return answer
             failure = attempt.retry_state.outcome.exception() if attempt.retry_state.outcome else None
             if isinstance(failure, NodeUnreachable) and not told:
-                told, self._shown = True, None
+                told = True
+                self.outages += 1
                 yield Unknown(self._answered_at, str(failure))
         raise AssertionError("tenacity tries without end")
+
+
+class MetricsReader:
+    """The new lines of a job's metrics at each read. A new attempt cuts the file back and writes steps again."""
+
+    def __init__(self, patient: Patient, job: str) -> None:
+        self._patient, self._args = patient, ReadArgs(job=job)
+        self._lines: set[str] = set()
+
+    def read(self, wait_s: float = 0.0) -> Generator[Unknown, None, list[Metrics]]:
+        """All that is there now; waits up to `wait_s` for something new."""
+        new: list[Metrics] = []
+        while True:
+            args = self._args.model_copy(update={"wait_s": 0.0 if new else wait_s})
+            read = yield from self._patient.call(METRICS, args, args.wait_s + ANSWER_S)
+            for line in read.text.splitlines():
+                if line not in self._lines:
+                    self._lines.add(line)
+                    new.append(Metrics.model_validate_json(line))
+            before, self._args = self._args, _next(self._args, read)
+            if before == self._args:
+                return new
+            wait_s = 0.0
+
+
+class _Following:
+    def __init__(self, node: Node, job: str, attempt: int, offset: int) -> None:
+        self._patient = Patient(node)
+        self._log = ReadArgs(job=job, attempt=attempt, offset=offset, wait_s=WAIT_S)
+        self._shown: tuple[object, ...] | None = None
+
+    def events(self) -> Iterator[FollowEvent]:
+        metrics: MetricsReader | None = None
+        while True:
+            read = yield from self._patient.call(LOGS, self._log, WAIT_S + ANSWER_S)
+            job, after = read.job, _next(self._log, read)
+            state = (job.state, job.detail, job.attempt, self._patient.outages)
+            if state != self._shown:
+                self._shown = state
+                yield StateChanged(job)
+            if read.text:
+                yield LogText(read.data, read.attempt, read.offset)
+            metrics = metrics or MetricsReader(self._patient, job.id)
+            for line in (yield from metrics.read()):
+                yield MetricsRead(line)
+            if job.state.ended and not read.text and after == self._log:
+                yield Ended(job)
+                return
+            self._log = after
 
 
 def _next(args: ReadArgs, read: ReadResult) -> ReadArgs:

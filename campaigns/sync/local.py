@@ -8,15 +8,17 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from campaigns.sync.transport import CHUNK_BYTES, OnBytes, not_started, open_source, require_line
+from campaigns.sync.transport import CHUNK_BYTES, OnBytes, not_started, require_line
+from campaigns.sync.tunnel import Channel
 from config.contracts.wire import MAX_LINE_BYTES
-from config.errors import NodeUnreachable, TransferError, translate_os_errors
+from config.errors import NodeUnreachable, TransferError
 
 EXIT_GRACE_S = 5.0
+SEND_S = 60.0  # a disk of this machine may be slow, but nothing can be lost on the way
 
 
 def rpc_argv(root: Path) -> list[str]:
@@ -38,27 +40,38 @@ class LocalTransport:
             raise NodeUnreachable(f"cannot start {self._command}: {error.strerror}") from error
 
     def exchange(self, line: bytes, deadline_s: float) -> bytes:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with self._killed_after(deadline_s) as expired:
-            try:
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline(MAX_LINE_BYTES + 1)
-            except (OSError, ValueError):  # a broken pipe, or closed by an earlier error: the child is gone
-                answer = b""
-        if expired.is_set():
-            raise NodeUnreachable(f"the node process of this machine did not answer within {deadline_s:g} s")
+        with self._killed_after(deadline_s):
+            self._write(line)
+            return self._read()
+
+    def send(self, line: bytes, body: BinaryIO | None, on_bytes: OnBytes) -> None:
+        with self._killed_after(SEND_S):
+            self._write(line)
+        while body and (chunk := body.read(CHUNK_BYTES)):
+            with self._killed_after(SEND_S):
+                self._write(chunk)
+            on_bytes(len(chunk))
+
+    def receive(self, deadline_s: float) -> bytes:
+        with self._killed_after(deadline_s):
+            return self._read()
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):  # the child is gone: `_read` says how it ended
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+
+    def _read(self) -> bytes:
+        assert self._process.stdout is not None
+        try:
+            answer = self._process.stdout.readline(MAX_LINE_BYTES + 1)
+        except (OSError, ValueError):  # closed by an earlier error
+            answer = b""
         if not answer.endswith(b"\n") and len(answer) <= MAX_LINE_BYTES:
             self._raise_ended()
         self._answered = True
         return require_line(answer, "the node process of this machine")
-
-    def upload(self, source: Path, remote_path: str, offset: int, on_bytes: OnBytes) -> None:
-        target_path = Path(remote_path)
-        with open_source(source) as file, translate_os_errors(target_path):
-            with target_path.open("r+b" if offset else "wb") as target:
-                target.seek(offset)
-                _copy(file, target, offset, on_bytes)
 
     def download(self, remote_path: str, target: BinaryIO, offset: int, on_bytes: OnBytes) -> None:
         try:
@@ -68,9 +81,8 @@ class LocalTransport:
         with source:
             _copy(source, target, offset, on_bytes)
 
-    @contextmanager
-    def tunnel(self, host: str, port: int) -> Iterator[tuple[str, int]]:
-        yield host, port
+    def channel(self, host: str, port: int) -> Channel:
+        raise AssertionError("this machine reaches its own servers without a channel")
 
     def close(self) -> None:
         process = self._process
@@ -89,7 +101,8 @@ class LocalTransport:
         self._stderr.close()
 
     @contextmanager
-    def _killed_after(self, deadline_s: float) -> Iterator[threading.Event]:
+    def _killed_after(self, deadline_s: float) -> Iterator[None]:
+        """Raises NodeUnreachable where the block takes longer, whatever else it raises."""
         expired = threading.Event()
 
         def kill() -> None:
@@ -99,10 +112,12 @@ class LocalTransport:
         timer = threading.Timer(deadline_s, kill)
         timer.start()
         try:
-            yield expired
+            yield
         finally:
             timer.cancel()
             timer.join()
+            if expired.is_set():
+                raise NodeUnreachable(f"the node process of this machine did not answer within {deadline_s:g} s")
 
     def _raise_ended(self) -> None:
         self._process.kill()  # it has closed its stdout: it will not answer again

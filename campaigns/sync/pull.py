@@ -13,7 +13,8 @@ import tenacity
 
 from campaigns.sync.remote import Node
 from config.contracts.job import MODEL_NAME
-from config.contracts.wire import ARTIFACTS, Artifact, ArtifactsArgs
+from config.contracts.names import is_portable
+from config.contracts.wire import ARTIFACTS, Artifact, ArtifactsArgs, ArtifactsResult
 from config.errors import NodeUnreachable, ProtocolError, TransferError, translate_os_errors
 from config.files import sync_folder
 from config.settings import Settings
@@ -33,7 +34,11 @@ def pull(node: Node, settings: Settings, model: str, on_progress: OnProgress) ->
         NodeUnreachable: the connection was lost too often; the same pull goes on later.
         StoreError, DiskFull: it cannot be written here.
     """
-    found = node.call(ARTIFACTS, ArtifactsArgs(model=model), ARTIFACTS_S)
+    return fetch(node, settings, node.call(ARTIFACTS, ArtifactsArgs(model=model), ARTIFACTS_S), on_progress)
+
+
+def fetch(node: Node, settings: Settings, found: ArtifactsResult, on_progress: OnProgress) -> Path:
+    """The same for files that the node has listed."""
     folder = model_folder(settings, found.tag)
     targets = [(artifact, _inside(folder, artifact.name)) for artifact in found.files]
     total, done = sum(artifact.bytes for artifact in found.files), 0
@@ -51,7 +56,7 @@ def pull(node: Node, settings: Settings, model: str, on_progress: OnProgress) ->
 def model_folder(settings: Settings, tag: str) -> Path:
     """Where the version `tag` (name:vN) is on the laptop. Raises ProtocolError for anything else."""
     name, _, version = tag.partition(":")
-    if not re.fullmatch(MODEL_NAME, name) or not _VERSION.fullmatch(version):
+    if not re.fullmatch(MODEL_NAME, name) or not is_portable(name) or not _VERSION.fullmatch(version):
         raise ProtocolError(f"the node names a model {tag[:100]!r}, which is not NAME:vN")
     return settings.models / name / version
 

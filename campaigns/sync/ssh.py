@@ -20,20 +20,21 @@ import paramiko
 from paramiko.hostkeys import HostKeyEntry
 from paramiko.sftp import SFTPError
 
+from campaigns.sync.channels import OrderedChannel, OrderedTransport
 from campaigns.sync.hostkeys import HostKey, host_label, known_keys, pin, require_same, unknown
 from campaigns.sync.ssh_config import Hop, route
-from campaigns.sync.transport import CHUNK_BYTES, OnBytes, not_started, open_source, require_line
-from campaigns.sync.tunnel import forwarded
+from campaigns.sync.transport import CHUNK_BYTES, STALL_S, OnBytes, not_started, require_line
 from config.contracts.wire import MAX_LINE_BYTES
-from config.errors import ConfigError, NodeUnreachable, TransferError
+from config.errors import ConfigError, NodeUnreachable, ProviderUnavailable, TransferError
 from config.settings import NodeSettings, Settings
 
 CONNECT_S = 15.0  # each step of logging in
-FILE_STALL_S = 30.0  # a file operation that moves nothing for so long
+SEND_BYTES = 128 * 1024  # a slow link moves so much before it counts as lost
 EXIT_STATUS_S = 2.0
 KEEPALIVE_S = 15
 PREFETCH_BYTES = 16 * 2**20  # asked for at once; paramiko's own limit on requests is slow, and spins for ever after a cut
 SEND_BUFFER_BYTES = 4 * 2**20
+FAST = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # half the work of paramiko's own first choice, CTR with an HMAC
 WEAK = {
     "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
     "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"],
@@ -64,15 +65,17 @@ def connect_ssh(settings: Settings, name: str) -> "SshTransport":
         HostKeyRefused: a host key on the way is unknown or has changed.
         NodeUnreachable: no answer, or no login.
     """
-    node = settings.node(name)
     with ExitStack() as opened:
-        first, *others = route(node)
-        with _translated(name, _where(first)):
-            wire = opened.enter_context(_tcp(first))
-        client = opened.enter_context(_log_in(settings, name, first, wire))
-        for hop in others:
-            client = opened.enter_context(_log_in(settings, name, hop, _through(name, client, hop)))
-        return SshTransport(name, rpc_command(node), client, wire, opened.pop_all())
+        client, wire = _log_in_along(settings, name, opened)
+        return SshTransport(name, rpc_command(settings.node(name)), client, wire, opened.pop_all())
+
+
+@contextmanager
+def open_shell(settings: Settings, name: str) -> Iterator["SshShell"]:
+    """Log in to node `name` to run commands there. Raises as `connect_ssh`."""
+    with ExitStack() as opened:
+        client, wire = _log_in_along(settings, name, opened)
+        yield SshShell(name, client, wire)
 
 
 def fetch_host_key(settings: Settings, name: str) -> HostKey:
@@ -91,9 +94,9 @@ def fetch_host_key(settings: Settings, name: str) -> HostKey:
             if host_label(hop.host, hop.port) not in known:
                 return _offered_key(name, hop, sock)
             sock = _through(name, opened.enter_context(_log_in(settings, name, hop, sock)), after)
-        key = _offered_key(name, hops[-1], sock)
+        key = _offered_key(name, hops[-1], sock, known.get(host_label(hops[-1].host, hops[-1].port)))
         if key.host in known:
-            require_same(settings.known_hosts, known[key.host], key)
+            require_same(settings.known_hosts, known[key.host], key, name)
         return key
 
 
@@ -134,36 +137,25 @@ class SshTransport:
             _cut_after(self._wire, deadline_s + 1),
         ):  # recv has its own deadline, and the better words
             self._channel.settimeout(deadline_s)
-            try:
-                self._channel.sendall(line)
-            except TimeoutError:
-                raise
-            except OSError:  # closed by the other side: what it said last is still to be read
-                self._raise_ended()
-            while (cut := self._buffer.find(b"\n")) < 0 and len(self._buffer) <= MAX_LINE_BYTES:
-                self._receive(max(0.001, end - time.monotonic()))
-        answer = bytes(self._buffer[: cut + 1] if cut >= 0 else self._buffer)
-        del self._buffer[: len(answer)]
-        self._answered = True
-        return require_line(answer, self._name)
+            self._send(line)
+            return self._line(end)
 
-    def upload(self, source: Path, remote_path: str, offset: int, on_bytes: OnBytes) -> None:
-        with open_source(source) as file, _cut_after(self._wire, FILE_STALL_S) as moved:
-            file.seek(offset)
-            with self._file_errors(remote_path):
-                target = self._files().open(sftp_path(remote_path), "r+b" if offset else "wb")
-                target.set_pipelined(True)
-                target.seek(offset)
-            while chunk := file.read(CHUNK_BYTES):
-                with self._file_errors(remote_path):
-                    target.write(chunk)
+    def send(self, line: bytes, body: BinaryIO | None, on_bytes: OnBytes) -> None:
+        with self._lost(), _cut_after(self._wire, STALL_S) as moved:
+            self._channel.settimeout(STALL_S)
+            self._send(line)
+            while body and (chunk := body.read(SEND_BYTES)):
+                self._send(chunk)
                 moved()
                 on_bytes(len(chunk))
-            with self._file_errors(remote_path):
-                target.close()
+
+    def receive(self, deadline_s: float) -> bytes:
+        end = time.monotonic() + deadline_s
+        with self._lost(), _cut_after(self._wire, deadline_s + 1):
+            return self._line(end)
 
     def download(self, remote_path: str, target: BinaryIO, offset: int, on_bytes: OnBytes) -> None:
-        with _cut_after(self._wire, FILE_STALL_S) as moved:
+        with _cut_after(self._wire, STALL_S) as moved:
             with self._file_errors(remote_path):
                 source = self._files().open(sftp_path(remote_path), "rb")
                 source.seek(offset)
@@ -181,10 +173,13 @@ class SshTransport:
             with self._file_errors(remote_path):
                 source.close()
 
-    @contextmanager
-    def tunnel(self, host: str, port: int) -> Iterator[tuple[str, int]]:
-        with forwarded(lambda: _tcp_from(self._client, host, port)) as near:
-            yield "127.0.0.1", near
+    def channel(self, host: str, port: int) -> OrderedChannel:
+        with _translated(self._name, f"its {host}:{port}"):
+            try:
+                return cast(OrderedTransport, _transport(self._client)).connect_to(host, port, CONNECT_S)
+            except paramiko.ChannelException as error:  # the node's sshd says so: the connection is well
+                what = f"{self._name} does not connect to its {host}:{port}: {error.text}"
+                raise ProviderUnavailable(what, billable=False, hint="is the model server there running?") from error
 
     def close(self) -> None:
         self._opened.close()
@@ -199,8 +194,24 @@ class SshTransport:
             channel = self._session()
             channel.invoke_subsystem("sftp")
             self._sftp = paramiko.SFTPClient(channel)
-            channel.settimeout(FILE_STALL_S)
+            channel.settimeout(STALL_S)
         return self._sftp
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._channel.sendall(data)
+        except TimeoutError:
+            raise
+        except OSError:  # closed by the other side: what it said last is still to be read
+            self._raise_ended()
+
+    def _line(self, end: float) -> bytes:
+        while (cut := self._buffer.find(b"\n")) < 0 and len(self._buffer) <= MAX_LINE_BYTES:
+            self._receive(max(0.001, end - time.monotonic()))
+        answer = bytes(self._buffer[: cut + 1] if cut >= 0 else self._buffer)
+        del self._buffer[: len(answer)]
+        self._answered = True
+        return require_line(answer, self._name)
 
     def _receive(self, timeout_s: float) -> None:
         self._drain_stderr()
@@ -221,8 +232,16 @@ class SshTransport:
         status = self._channel.exit_status  # -1: the connection went, not the command
         if self._answered or status < 0:
             raise NodeUnreachable(f"{self._name}: the connection was lost", hint="run the same command again: it continues")
-        hint = f"`ssh` there and run `command -v hafs-node`; write that path as command of [nodes.{self._name}] in nodes.toml"
+        hint = f"install it: hafs nodes setup {self._name}; or write its path as command of [nodes.{self._name}] in nodes.toml"
         raise not_started(self._name, self._command, status, self._stderr.decode(errors="replace"), hint)
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except _LOWER_ERRORS as error:
+            what = f"{self._name}: the connection was lost: {_plain(error)}"
+            raise NodeUnreachable(what, hint="run the same command again: it continues") from error
 
     @contextmanager
     def _file_errors(self, remote_path: str) -> Iterator[None]:
@@ -238,12 +257,58 @@ class SshTransport:
             raise NodeUnreachable(what, hint="run the same command again: it continues where it stopped") from error
 
 
+class SshShell:
+    """Runs commands to their end, one after the other. For setting a node up alone: all else goes through `hafs-node rpc`."""
+
+    def __init__(self, name: str, client: paramiko.SSHClient, wire: socket.socket) -> None:
+        self.name, self._client, self._wire = name, client, wire
+
+    def run(self, command: str, stdin: bytes, on_line: Callable[[str], None], silence_s: float) -> tuple[int, str]:
+        """Exit status, and the end of what it wrote to stderr; each line of its stdout goes to `on_line`.
+
+        Raises:
+            NodeUnreachable: the connection was lost, or nothing came for `silence_s`.
+        """
+        stderr, rest = b"", b""
+        with _translated(self.name, f"`{command}`"), _cut_after(self._wire, silence_s) as moved:
+            channel = _transport(self._client).open_session(timeout=CONNECT_S)
+            channel.settimeout(silence_s)
+            channel.exec_command(command.encode())
+            with suppress(OSError):  # it has ended already: its status says why
+                channel.sendall(stdin)
+                channel.shutdown_write()
+            while chunk := channel.recv(CHUNK_BYTES):
+                moved()
+                while channel.recv_stderr_ready():
+                    stderr = (stderr + channel.recv_stderr(CHUNK_BYTES))[-2000:]
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    on_line(line.decode(errors="replace").rstrip("\r"))
+            channel.status_event.wait(EXIT_STATUS_S)
+            while chunk := channel.recv_stderr(CHUNK_BYTES):
+                stderr = (stderr + chunk)[-2000:]
+            if channel.exit_status < 0:
+                raise EOFError
+        return channel.exit_status, stderr.decode(errors="replace").strip()
+
+
 class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
     def __init__(self, name: str, label: str) -> None:
         self._name, self._label = name, label
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
         raise unknown(self._name, _host_key(self._label, key))
+
+
+def _log_in_along(settings: Settings, name: str, opened: ExitStack) -> tuple[paramiko.SSHClient, socket.socket]:
+    """Log in to every machine on the way to node `name`: the client of the last, and the wire that all bytes go over."""
+    first, *others = route(settings.node(name))
+    with _translated(name, _where(first)):
+        wire = opened.enter_context(_tcp(first))
+    client = opened.enter_context(_log_in(settings, name, first, wire))
+    for hop in others:
+        client = opened.enter_context(_log_in(settings, name, hop, _through(name, client, hop)))
+    return client, wire
 
 
 def _log_in(settings: Settings, name: str, hop: Hop, sock: "socket.socket | paramiko.Channel") -> paramiko.SSHClient:
@@ -269,17 +334,25 @@ def _log_in(settings: Settings, name: str, hop: Hop, sock: "socket.socket | para
                 auth_timeout=CONNECT_S,
                 channel_timeout=CONNECT_S,
                 disabled_algorithms=WEAK,
+                transport_factory=cast(Any, _new_transport),  # a function is documented, the stubs know a class only
             )
             _transport(client).set_keepalive(KEEPALIVE_S)
     except paramiko.BadHostKeyException as error:
         client.close()
         if pinned:
-            require_same(settings.known_hosts, pinned, _host_key(label, error.key))
+            require_same(settings.known_hosts, pinned, _host_key(label, error.key), name)
         raise
     except BaseException:
         client.close()
         raise
     return client
+
+
+def _new_transport(*args: Any, **options: Any) -> paramiko.Transport:
+    transport = OrderedTransport(*args, **options)
+    security = transport.get_security_options()
+    security.ciphers = [*FAST, *(cipher for cipher in security.ciphers if cipher not in FAST)]
+    return transport
 
 
 def _expect(client: paramiko.SSHClient, pinned: HostKey, path: Path) -> None:
@@ -289,10 +362,14 @@ def _expect(client: paramiko.SSHClient, pinned: HostKey, path: Path) -> None:
     client.get_host_keys().add(pinned.host, pinned.type, entry.key)
 
 
-def _offered_key(name: str, hop: Hop, sock: "socket.socket | paramiko.Channel") -> HostKey:
+def _offered_key(name: str, hop: Hop, sock: "socket.socket | paramiko.Channel", pinned: HostKey | None = None) -> HostKey:
+    """A host may have several keys: one of the type that is pinned is asked for first, as in logging in."""
     with _translated(name, _where(hop)):
         transport = paramiko.Transport(sock, disabled_algorithms=WEAK)
         try:
+            if pinned:
+                security = transport.get_security_options()
+                security.key_types = sorted(security.key_types, key=lambda kind: kind != pinned.type)
             transport.start_client(timeout=CONNECT_S)
             return _host_key(host_label(hop.host, hop.port), transport.get_remote_server_key())
         finally:
@@ -310,11 +387,7 @@ def _tcp(hop: Hop) -> socket.socket:
 def _through(name: str, jump: paramiko.SSHClient, hop: Hop) -> paramiko.Channel:
     """A connection to `hop` from the machine that `jump` is logged in to."""
     with _translated(name, _where(hop)):
-        return _tcp_from(jump, hop.host, hop.port)
-
-
-def _tcp_from(client: paramiko.SSHClient, host: str, port: int) -> paramiko.Channel:
-    return _transport(client).open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=CONNECT_S)
+        return _transport(jump).open_channel("direct-tcpip", (hop.host, hop.port), ("127.0.0.1", 0), timeout=CONNECT_S)
 
 
 def _transport(client: paramiko.SSHClient) -> paramiko.Transport:

@@ -40,6 +40,8 @@ def route(node: NodeSettings) -> list[Hop]:
     target = _resolve(node.host, node.user, node.port)
     if node.identity:
         target = replace(target, identities=(node.identity,))
+    if node.jump:
+        target = replace(target, jumps=tuple(node.jump.split(",")))
     return _with_jumps(target, 0)
 
 

@@ -5,14 +5,15 @@ next one, so it is closed and a new one made. Bytes are not verified here: the r
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from campaigns.sync.tunnel import Channel
 from config.contracts.wire import MAX_LINE_BYTES
 from config.errors import ProtocolError, StoreError
 
 CHUNK_BYTES = 256 * 1024
+STALL_S = 15.0  # nothing moves for so long: the connection is lost
 OnBytes = Callable[[int], None]  # called with the number of bytes that went since the last call
 
 
@@ -23,16 +24,20 @@ class Transport(Protocol):
         """Send one line (with its newline), return the one line that answers it, without its line end."""
         ...
 
-    def upload(self, source: Path, remote_path: str, offset: int, on_bytes: OnBytes) -> None:
-        """Write `source` from `offset` on to the same offset of `remote_path`; offset 0 begins the remote file anew."""
+    def send(self, line: bytes, body: BinaryIO | None, on_bytes: OnBytes) -> None:
+        """Send one line and what is left of `body`, and wait for nothing: `receive` gives the answers, in their order."""
+        ...
+
+    def receive(self, deadline_s: float) -> bytes:
+        """The next line, without its line end."""
         ...
 
     def download(self, remote_path: str, target: BinaryIO, offset: int, on_bytes: OnBytes) -> None:
         """Write `remote_path` from `offset` on to `target`, which stands at its own right place."""
         ...
 
-    def tunnel(self, host: str, port: int) -> AbstractContextManager[tuple[str, int]]:
-        """Where this machine reaches the server that the node knows as `host`:`port`, for as long as the block lasts."""
+    def channel(self, host: str, port: int) -> Channel:
+        """One connection to the server that the node knows as `host`:`port`. Raises ProviderUnavailable where none listens."""
         ...
 
     def close(self) -> None: ...

@@ -3,10 +3,12 @@
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from config.contracts.base import Strict, Tolerant, content_id
+from config.contracts.base_name import checked_base
 from config.contracts.manifest import NAME
+from config.contracts.names import Portable
 
 MODEL_NAME = r"^[a-z0-9_][a-z0-9_.-]{0,79}$"  # a part of an Ollama model name; lower case, as Ollama compares names
 
@@ -37,14 +39,15 @@ class DpoOptions(Strict):
 class JobSpec(Strict):
     """The TOML file of a job. `data` names campaigns or sets of pairs on the laptop.
 
-    `base` is a GGUF file on the node, or `package:NAME`, the one GGUF file inside an installed Python package. `start`, for dpo,
-    is a model of the node (`hafs-coder` or `hafs-coder:v2`) whose adapter the training goes on from.
+    `base` is a GGUF file on the node, `package:NAME`, the one GGUF file inside an installed Python package, or
+    `hf:OWNER/REPO[@REVISION]/FILE.gguf`, which the node fetches from the Hugging Face hub. `start`, for dpo, is a model of the
+    node (`hafs-coder` or `hafs-coder:v2`) whose adapter the training goes on from.
     """
 
     kind: Literal["sft", "dpo"]
-    name: str = Field(pattern=MODEL_NAME)
-    base: str
-    data: list[Annotated[str, Field(pattern=NAME)]] = Field(min_length=1)
+    name: Annotated[str, Field(pattern=MODEL_NAME), Portable]
+    base: Annotated[str, AfterValidator(checked_base)]
+    data: list[Annotated[str, Field(pattern=NAME), Portable]] = Field(min_length=1)
     start: str = ""
     system: str = ""
     probe: str = Field("Hello.", description="the question the smoke gate asks")
@@ -62,12 +65,18 @@ class JobSpec(Strict):
 
 
 class TrainJob(Tolerant):
-    """What crosses the wire: the spec, the dataset it trains on, and the key that makes a submit idempotent."""
+    """What crosses the wire: the spec, the dataset it trains on, and the key that makes a submit idempotent.
+
+    Of the jobs that wait, one of a higher `priority` goes first. `after` is the id of a job of the same node that has to
+    succeed before. Neither is part of the key: they say when, not what.
+    """
 
     spec: JobSpec
     dataset_id: str
     code_version: str
     nonce: str
+    priority: int = Field(0, ge=-100, le=100)
+    after: str = ""
 
     @property
     def key(self) -> str:
@@ -183,5 +192,7 @@ class JobView(Tolerant):
     created_at: float
     updated_at: float
     dataset_id: str = ""
+    priority: int = 0
+    after: str = ""
     error: JobError | None = None
     result: JobResult | None = None

@@ -1,10 +1,11 @@
 """Sealed data: segments named by their content, and the manifest that makes a dataset of them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from config.contracts.base import Tolerant, content_id
+from config.contracts.names import Portable
 
 DataKind = Literal["samples", "pairs"]
 SHA256 = r"^[0-9a-f]{64}$"
@@ -12,20 +13,20 @@ NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}$"  # campaigns, datasets, nodes, jobs
 
 
 class Segment(Tolerant):
-    """Whole JSONL lines, compressed with zstd. `sha256` is of the uncompressed lines, `bytes` and `packed_bytes` are sizes."""
+    """Whole JSONL lines, compressed with zstd. `sha256` and `packed_bytes` are of the packed bytes, `bytes` is unpacked."""
 
     sha256: str = Field(pattern=SHA256)
     rows: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=2**40)
     packed_bytes: int = Field(ge=1)
 
 
 class DatasetManifest(Tolerant):
-    """The parts of a dataset, in order. Its id is a hash of content alone, so the same rows are the same dataset."""
+    """The parts of a dataset, in order. Its id is made of their names alone, so the same segments are the same dataset."""
 
-    name: str = Field(pattern=NAME)
+    name: Annotated[str, Field(pattern=NAME), Portable]
     kind: DataKind = "samples"
-    campaigns: list[str]
+    campaigns: list[Annotated[str, Field(pattern=NAME), Portable]]
     segments: list[Segment]
 
     @property

@@ -3,31 +3,43 @@
 Arguments and results are the models below; a verb is described by a `Verb`, so both sides agree by construction.
 """
 
-from typing import Any, Generic, TypeVar
+import base64
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
 from config.contracts.base import Tolerant
 from config.contracts.gpu import GpuReading
-from config.contracts.job import JobError, JobView, TrainJob
+from config.contracts.job import JobError, JobState, JobView, TrainJob
 from config.contracts.manifest import SHA256, DatasetManifest, Segment
+from config.contracts.names import Portable
 
 PROTOCOL_VERSION = 1
 MAX_LINE_BYTES = 8 * 2**20
+MODEL_TAG = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*([/:][A-Za-z0-9_][A-Za-z0-9_.-]*)*)?$"  # as a model server names models; or empty
+MAX_BODY_BYTES = 2**30
+ARRIVED_EVERY_S = 2.0  # while a body arrives, the node gives a sign of life so often
 
 
 class Request(Tolerant):
+    """`body_bytes` raw bytes follow the line. They are read off whatever the answer is, so the next line is found."""
+
     version: int = PROTOCOL_VERSION
     verb: str
     args: dict[str, Any] = {}
+    body_bytes: int = Field(0, ge=0, le=MAX_BODY_BYTES)
 
 
 class Reply(Tolerant):
-    """Either `result` or `error`; `error.code` is the name of a class in config.errors."""
+    """Either `result` or `error`; `error.code` is the name of a class in config.errors.
+
+    A line with `arrived` is no reply yet: so many bytes of the request's body have come.
+    """
 
     version: int = PROTOCOL_VERSION
     result: dict[str, Any] | None = None
     error: JobError | None = None
+    arrived: int | None = None
 
 
 class Nothing(Tolerant):
@@ -47,11 +59,10 @@ class HaveArgs(Tolerant):
 
 
 class SegmentStatus(Tolerant):
-    """`present`: verified and in the store. Else `upload_path` is where the packed bytes go, `offset` how many are there."""
+    """`present`: verified, and in the store before a dataset is made of it. Else `offset` packed bytes have come so far."""
 
     sha256: str
     present: bool
-    upload_path: str = ""
     offset: int = 0
 
 
@@ -59,8 +70,11 @@ class HaveResult(Tolerant):
     segments: list[SegmentStatus]
 
 
-class CommitSegmentArgs(Tolerant):
+class ReceiveArgs(Tolerant):
+    """The packed bytes of `segment` from `offset` on are the body of the request."""
+
     segment: Segment
+    offset: int = Field(0, ge=0)
 
 
 class CommitDatasetArgs(Tolerant):
@@ -71,6 +85,39 @@ class DatasetResult(Tolerant):
     id: str
     rows: int
     new: bool
+
+
+class DatasetView(Tolerant):
+    """A dataset that the node has whole. `at`: when it was committed, Unix seconds."""
+
+    id: str
+    name: str
+    campaigns: list[str]
+    rows: int
+    at: float
+
+
+class DatasetsResult(Tolerant):
+    """The newest first."""
+
+    datasets: list[DatasetView]
+
+
+class GcArgs(Tolerant):
+    dry_run: bool = False
+
+
+class Garbage(Tolerant):
+    """A file below the root that nobody needs."""
+
+    name: str
+    bytes: int
+
+
+class GcResult(Tolerant):
+    """What went, or would go."""
+
+    garbage: list[Garbage]
 
 
 class SubmitArgs(Tolerant):
@@ -92,6 +139,30 @@ class JobsResult(Tolerant):
     jobs: list[JobView]
 
 
+class EventsArgs(Tolerant):
+    """The changes of all jobs after number `after`; wait up to `wait_s` for one."""
+
+    after: int = Field(0, ge=0)
+    wait_s: float = Field(0, ge=0, le=30)
+
+
+class JobEvent(Tolerant):
+    """A job became `state`, or its `detail` changed, at `at` (Unix seconds). `seq` only grows."""
+
+    seq: int
+    job: str
+    at: float
+    state: JobState
+    detail: str = ""
+
+
+class EventsResult(Tolerant):
+    """`next` is `after` of the next question."""
+
+    events: list[JobEvent]
+    next: int
+
+
 class ReadArgs(Tolerant):
     """Read a growing file from `offset`; wait up to `wait_s` for something new."""
 
@@ -102,12 +173,21 @@ class ReadArgs(Tolerant):
 
 
 class ReadResult(Tolerant):
-    """`text` ends at a whole line unless the attempt has ended. `offset` is where the next read begins."""
+    """`text` ends at a whole line unless the attempt has ended. `offset` is where the next read begins.
+
+    `raw`: the same in base64 where the file's bytes are no UTF-8; empty: they are those of `text`.
+    """
 
     text: str
     offset: int
     attempt: int
     job: JobView
+    raw: str = ""
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the file."""
+        return base64.b64decode(self.raw) if self.raw else self.text.encode()
 
 
 class ModelVersion(Tolerant):
@@ -133,7 +213,7 @@ class ArtifactsArgs(Tolerant):
 
 
 class Artifact(Tolerant):
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"), Portable]
     path: str
     bytes: int
     sha256: str = Field(pattern=SHA256)
@@ -145,11 +225,11 @@ class ArtifactsResult(Tolerant):
 
 
 class RuntimeArgs(Tolerant):
-    """Ask for a model server on the node. `gguf` (a file or package:NAME) is registered there if it is absent: as `model`, or,
+    """Ask for a model server on the node. `gguf` (named as a job's base is) is registered there if it is absent: as `model`, or,
     where that is empty, as hafs-base:<the first 12 digits of the file's SHA-256>, the name under which jobs use it too.
     """
 
-    model: str = ""
+    model: Annotated[str, Field(pattern=MODEL_TAG, max_length=200), Portable] = ""
     gguf: str = ""
 
 
@@ -161,6 +241,36 @@ class RuntimeResult(Tolerant):
     embedded: bool
     version: str
     started: bool
+
+
+class ServerResult(Tolerant):
+    """The model server that answers on the node now; an empty `url`: none does. `loaded`: the models it holds in memory."""
+
+    url: str = ""
+    embedded: bool = False
+    version: str = ""
+    loaded: list[str] = []
+
+
+class DoctorArgs(Tolerant):
+    """`time`: what the asking machine's clock says, in Unix seconds; 0: it does not say."""
+
+    time: float = 0.0
+
+
+class DoctorCheck(Tolerant):
+    """`hint` says what to do; a check that is ok may still carry one."""
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+class DoctorResult(Tolerant):
+    """In the order in which what is wrong would stop a job."""
+
+    checks: list[DoctorCheck]
 
 
 class GpuResult(Tolerant):
@@ -183,14 +293,20 @@ class Verb(Generic[A, R]):
 
 PING = Verb("ping", Nothing, Pong)
 HAVE = Verb("have", HaveArgs, HaveResult)
-COMMIT_SEGMENT = Verb("commit_segment", CommitSegmentArgs, SegmentStatus)
+RECEIVE = Verb("receive", ReceiveArgs, SegmentStatus)
 COMMIT_DATASET = Verb("commit_dataset", CommitDatasetArgs, DatasetResult)
+GC = Verb("gc", GcArgs, GcResult)
 SUBMIT = Verb("submit", SubmitArgs, SubmitResult)
 STATUS = Verb("status", JobArgs, JobsResult)
 CANCEL = Verb("cancel", JobArgs, JobsResult)
+RETRY = Verb("retry", JobArgs, JobsResult)
+EVENTS = Verb("events", EventsArgs, EventsResult)
 LOGS = Verb("logs", ReadArgs, ReadResult)
 METRICS = Verb("metrics", ReadArgs, ReadResult)
 MODELS = Verb("models", Nothing, ModelsResult)
 ARTIFACTS = Verb("artifacts", ArtifactsArgs, ArtifactsResult)
 RUNTIME = Verb("runtime", RuntimeArgs, RuntimeResult)
 GPU = Verb("gpu", Nothing, GpuResult)
+DOCTOR = Verb("doctor", DoctorArgs, DoctorResult)
+DATASETS = Verb("datasets", Nothing, DatasetsResult)
+SERVER = Verb("server", Nothing, ServerResult)

@@ -1,14 +1,16 @@
 """The node's real request handling without a process: a transport that can be told where to break."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import io
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from campaigns.sync.transport import OnBytes
+from campaigns.sync.tunnel import Channel
 from config.contracts.wire import Reply, Request
 from config.errors import NodeUnreachable
-from trainer_node.rpc import Service
+from trainer_node.rpc import RequestBody, Service
 
 
 class InProcessNode:
@@ -22,7 +24,7 @@ class InProcessNode:
         self.cut_download_after: int | None = None
         self.lose_answer_of: str | None = None
         self.down = 0  # how many times dialling fails
-        self.spoil: Callable[[Path], None] | None = None  # what happens to a file that was just uploaded
+        self.spoil: Callable[[bytes], bytes] | None = None  # what becomes of the bytes of an upload
 
     def dial(self) -> "InProcessTransport":
         if self.down:
@@ -37,30 +39,41 @@ class InProcessTransport:
         self._node = node
         self._service = Service(node.root)
         self._closed = False
+        self._answers: deque[bytes | None] = deque()
 
     def exchange(self, line: bytes, deadline_s: float) -> bytes:
         assert not self._closed, "a spent transport is used again"
+        answer = self._serve(line, b"")
+        if answer is None:
+            raise NodeUnreachable("the answer was lost")
+        return answer
+
+    def _serve(self, line: bytes, body: bytes) -> bytes | None:
         verb = Request.model_validate_json(line).verb
         self._node.asked.append(verb)
-        reply: Reply = self._service.answer(line)
+        reply: Reply = self._service.answer(line, lambda size: RequestBody(io.BytesIO(body), size, lambda _: None))
         if self._node.lose_answer_of == verb:
             self._node.lose_answer_of = None
-            raise NodeUnreachable("the answer was lost")
+            return None
         return reply.model_dump_json().encode()
 
-    def upload(self, source: Path, remote_path: str, offset: int, on_bytes: OnBytes) -> None:
+    def send(self, line: bytes, body: BinaryIO | None, on_bytes: OnBytes) -> None:
         assert not self._closed, "a spent transport is used again"
-        data = source.read_bytes()[offset:]
+        data = body.read() if body else b""
         cut, self._node.cut_upload_after = self._node.cut_upload_after, None
-        with open(remote_path, "r+b" if offset else "wb") as target:
-            target.seek(offset)
-            target.write(data if cut is None else data[:cut])
-        on_bytes(len(data) if cut is None else min(cut, len(data)))
+        spoil, self._node.spoil = self._node.spoil, None
+        sent = data if cut is None else data[:cut]
+        on_bytes(len(sent))
+        self._answers.append(self._serve(line, spoil(sent) if spoil else sent))
         if cut is not None:
             raise NodeUnreachable("cut")
-        spoil, self._node.spoil = self._node.spoil, None
-        if spoil is not None:
-            spoil(Path(remote_path))
+
+    def receive(self, deadline_s: float) -> bytes:
+        assert not self._closed, "a spent transport is used again"
+        answer = self._answers.popleft()
+        if answer is None:
+            raise NodeUnreachable("the answer was lost")
+        return answer
 
     def download(self, remote_path: str, target: BinaryIO, offset: int, on_bytes: OnBytes) -> None:
         assert not self._closed, "a spent transport is used again"
@@ -71,9 +84,8 @@ class InProcessTransport:
         if cut is not None:
             raise NodeUnreachable("cut")
 
-    @contextmanager
-    def tunnel(self, host: str, port: int) -> Iterator[tuple[str, int]]:
-        yield host, port
+    def channel(self, host: str, port: int) -> Channel:
+        raise NotImplementedError
 
     def close(self) -> None:
         if not self._closed:

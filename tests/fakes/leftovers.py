@@ -7,6 +7,8 @@ import psutil
 
 from config.locks import holder
 
+OURS = ("trainer_node", "hafs-node", "tests/fakes")
+
 
 def end_nodes(below: Path) -> None:
     """Kill the processes of every node root below a folder, and wait until they are gone."""
@@ -28,7 +30,7 @@ def _tree(pid: int) -> list[psutil.Process]:
     """The process and its children; nothing if the pid is not one of hafs's any more."""
     try:
         process = psutil.Process(pid)
-        if not any("trainer_node" in part or "hafs-node" in part for part in process.cmdline()):
+        if not any(name in part for part in process.cmdline() for name in OURS):
             return []
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,6 +1,7 @@
 """A real OpenSSH server of the test's own, and a relay that cuts or stalls a connection after so many bytes.
 
-Keys, configuration and log lie in one folder; it listens on a free port of 127.0.0.1 and lets in the user who runs the test.
+Keys, configuration and log lie in one folder; it listens on a free port of 127.0.0.1, unless told otherwise, and lets in the user
+who runs the test.
 """
 
 import getpass
@@ -19,21 +20,29 @@ START_S = 15.0
 
 
 class PrivateSshd:
-    """A context manager; `identity` is the private key file that logs in."""
+    """A context manager; `identity` is the private key file that logs in, `environment` what its sessions are given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.environment = environment
         self.folder = folder
         self.user = getpass.getuser()
         self.port = free_port()
+        self.address = "127.0.0.1"
+        self.within: list[str] = []  # what has to stand before its command line
         self.identity = folder / "user"
         self.host_key = folder / "host"
+        self.more = ""  # lines of its configuration, from the next start on
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         for key in (self.identity, self.host_key):
             make_key(key)
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -42,18 +51,22 @@ class PrivateSshd:
     def start(self) -> None:
         """Listen, on the same port each time."""
         config = self.folder / "sshd_config"
-        config.write_text(sshd_config(self.folder, self.port))
+        config.write_text(sshd_config(self.folder, self.address, self.port, self.environment) + self.more)
         if os.geteuid() == 0:  # the separated process of a root sshd wants its empty folder
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        argv = [sshd_path(), "-D", "-e", "-f", str(config)]
+        argv = [*self.within, sshd_path(), "-D", "-e", "-f", str(config)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_for_port(self.port, self._process, self.folder / "log")
+        wait_for_port(self.address, self.port, self._process, self.folder / "log")
 
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait(10)
+
+    def logins(self) -> int:
+        """How often somebody logged in so far."""
+        return (self.folder / "log").read_text(errors="replace").count("Accepted publickey")
 
     def new_host_key(self) -> None:
         """Begin again with another host key, as a reinstalled machine does."""
@@ -71,10 +84,10 @@ def sshd_path() -> str:
     return found
 
 
-def sshd_config(folder: Path, port: int) -> str:
+def sshd_config(folder: Path, address: str, port: int, environment: dict[str, str]) -> str:
     lines = [
         f"Port {port}",
-        "ListenAddress 127.0.0.1",
+        f"ListenAddress {address}",
         f"HostKey {folder}/host",
         f"AuthorizedKeysFile {folder}/user.pub",
         "PidFile none",
@@ -85,6 +98,8 @@ def sshd_config(folder: Path, port: int) -> str:
         "AllowTcpForwarding yes",
         "Subsystem sftp internal-sftp",
     ]
+    if environment:
+        lines.append("SetEnv " + " ".join(f'"{key}={value}"' for key, value in environment.items()))
     return "\n".join(lines) + "\n"
 
 
@@ -99,12 +114,12 @@ def free_port() -> int:
         return port
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_port(address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until something answers there. Raises RuntimeError with the log where the process ends or the deadline passes."""
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((address, port), timeout=1).close()
             return
         except OSError:
             time.sleep(0.02)
@@ -137,6 +152,8 @@ class Relay:
         self.passed = 0  # bytes towards the target, over all connections
         self._stalled = threading.Event()
         self._open: list[socket.socket] = []
+        self._silenced: set[socket.socket] = set()
+        self._ending: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
@@ -152,6 +169,19 @@ class Relay:
             thread.join(10)
         for sock in self._open:
             sock.close()
+
+    def cut(self) -> None:
+        """End every connection that is open now."""
+        for sock in list(self._open):
+            _end(sock)
+
+    def cut_at_answer(self) -> None:
+        """End the connections that are open now as soon as something comes back over them; it gets lost."""
+        self._ending.update(sock for sock in self._open if sock.getpeername()[1] == self._target)
+
+    def stall(self) -> None:
+        """Nothing passes any more over the connections that are open now, and none is closed."""
+        self._silenced.update(self._open)
 
     def _start(self, run: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=run, args=args)
@@ -181,13 +211,15 @@ class Relay:
                 if stall_after and passed >= stall_after:
                     self._stalled.set()
                     return  # neither end is closed
-                if cut_after and passed >= cut_after:
+                if source in self._silenced:
+                    return
+                if source in self._ending or (cut_after and passed >= cut_after):
                     break
                 target.sendall(data)
         except OSError:  # the other direction has ended it
             return
         finally:
-            if not self._stalled.is_set():
+            if not self._stalled.is_set() and source not in self._silenced:
                 _end(source)
                 _end(target)
 

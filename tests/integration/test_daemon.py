@@ -1,6 +1,7 @@
 """A real daemon, real runners, a scripted pipeline: each is killed with kill -9, and nothing is lost or doubled."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -96,11 +97,12 @@ class Node:
 
     def _dataset(self) -> str:
         packed = zstandard.compress(LINES)
-        segment = Segment(sha256=hashlib.sha256(LINES).hexdigest(), rows=1, bytes=len(LINES), packed_bytes=len(packed))
+        segment = Segment(sha256=hashlib.sha256(packed).hexdigest(), rows=1, bytes=len(LINES), packed_bytes=len(packed))
         inbox = Inbox(self.root)
-        Path(inbox.have(segment).upload_path).write_bytes(packed)
-        inbox.commit_segment(segment)
-        return inbox.commit_dataset(DatasetManifest(name="demo", campaigns=["demo"], segments=[segment])).id
+        inbox.receive(segment, 0, io.BytesIO(packed))
+        id_ = inbox.commit_dataset(DatasetManifest(name="demo", campaigns=["demo"], segments=[segment])).id
+        inbox.close()
+        return id_
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_kill_9_of_the_daemon_and_the_next_one_adopts(node: Node) -> None:
     daemon.wait()
     assert identify(runner.pid) == runner and identify(pipeline) is not None, "the training goes on"
     node.start()
-    assert f"adopted: ['{id_}']" in (node.root / "daemon.log").read_text()
+    until(lambda: f"adopted: ['{id_}']" in (node.root / "daemon.log").read_text(), "it is adopted")
     (node.folder(id_).path / "go").touch()
     node.await_state(id_, "SUCCEEDED")
     assert node.view(id_).attempt == 1 and node.runner(id_) == runner

@@ -18,6 +18,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from config.errors import BadRequest, ProviderUnavailable
 from tests.fakes.model_files import write_adapter
+from tests.fakes.waiting import wait_for
 from trainer_node.base_model import resolve_gguf
 from trainer_node.ollama import OllamaApi, register_gguf
 from trainer_node.runtime.launch import RuntimeInfo, ensure_runtime, find_runtime
@@ -109,11 +110,16 @@ def test_the_client_walks_the_whole_way(api: OllamaApi, tmp_path: Path) -> None:
     assert reply["prompt_eval_count"] == len(tokens)
     api.copy("walk:v1", "walk")
     assert api.tags()["walk:latest"] == api.tags()["walk:v1"]
-    api.unload("walk:v1")
+    unload(api, "walk:v1")
     api.delete("walk:v1")
     api.delete("walk")
     assert not [tag for tag in api.tags() if tag.startswith("walk")]
     assert api.has_blob(f"sha256:{'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'}")  # base needs it
+
+
+def unload(api: OllamaApi, model: str) -> None:
+    api.ask_to_unload(model)
+    wait_for(f"end of {model}", lambda: not [name for name in api.loaded() if name.removesuffix(":latest") == model])
 
 
 def test_the_client_refuses_what_the_server_would_believe(api: OllamaApi, tmp_path: Path) -> None:
@@ -140,7 +146,7 @@ def test_a_client_that_hangs_up_stops_the_generation(api: OllamaApi) -> None:
         body = {"model": "base", "messages": STORY, "options": LONG, "stream": False}
         httpx.post(f"{api.url}/api/chat", json=body, timeout=1.0)
     started = time.monotonic()
-    api.unload("base")  # waits for running answers: this one would take minutes
+    unload(api, "base")  # waits for running answers: this one would take minutes
     assert time.monotonic() - started < 10
 
 
@@ -154,7 +160,7 @@ def test_four_at_once_share_the_engine_and_an_unload_waits_for_them(api: OllamaA
         "length" if reply["eval_count"] == 16 else "stop" for reply in together
     ]
     assert all(reply["message"]["content"] for reply in together) and all(alone)
-    api.unload("base")
+    unload(api, "base")
     assert httpx.get(f"{api.url}/api/ps").json() == {"models": []}
 
 

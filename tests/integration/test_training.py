@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import zstandard
@@ -18,7 +20,8 @@ from config.contracts.base import Tolerant
 from config.contracts.job import JobError, JobResult, JobSpec, JobState, Metrics, TrainJob, TrainOptions
 from config.contracts.manifest import DataKind, DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Provenance, Sample
-from tests.fakes.tiny_model import write_tiny_model
+from tests.fakes.hub import COMMIT, Hub
+from tests.fakes.tiny_model import smollm2_gguf, write_tiny_model
 from trainer_node.jobdir import STOPPED, JobDir
 from trainer_node.ollama import OllamaApi
 from trainer_node.registry import resolve, versions
@@ -81,7 +84,7 @@ def push(root: Path, rows: list[Sample] | list[PreferencePair], kind: DataKind) 
     """What the inbox leaves: a sealed segment and a manifest. Returns the dataset's id."""
     raw = "".join(row.model_dump_json() + "\n" for row in rows).encode()
     packed = zstandard.ZstdCompressor().compress(raw)
-    sha = hashlib.sha256(raw).hexdigest()
+    sha = hashlib.sha256(packed).hexdigest()
     (root / "segments").mkdir(exist_ok=True)
     (root / "segments" / f"{sha}.jsonl.zst").write_bytes(packed)
     segment = Segment(sha256=sha, rows=len(rows), bytes=len(raw), packed_bytes=len(packed))
@@ -91,12 +94,12 @@ def push(root: Path, rows: list[Sample] | list[PreferencePair], kind: DataKind) 
     return manifest.id
 
 
-def submit(root: Path, job: str, dataset: str, name: str, start: str = "", **train: object) -> JobDir:
+def submit(root: Path, job: str, dataset: str, name: str, start: str = "", base: str = "", **train: object) -> JobDir:
     options = {"lr": 1e-2, "epochs": 12, "save_steps": 5, "dtype": "float32", "max_length": 64} | train
     spec = JobSpec(
         kind="dpo" if start else "sft",
         name=name,
-        base=str(root / "tiny.gguf"),
+        base=base or str(root / "tiny.gguf"),
         data=["d"],
         start=start,
         system=SYSTEM,
@@ -261,6 +264,58 @@ def test_a_latest_that_hafs_did_not_make_is_left_alone(root: Path, api: OllamaAp
     assert (result.model, result.alias) == ("hafs-mine:v1", "")
     assert "not made by hafs" in result.note
     assert api.tags()["hafs-mine:latest"] == before
+
+
+@contextmanager
+def in_use(api: OllamaApi, model: str) -> Iterator[None]:
+    """A long answer of the model is under way; who asked hangs up at the end."""
+    story = [{"role": "user", "content": "Write a very long story about a dog, a cat and a horse. Never stop."}]
+    options = {"temperature": 0, "num_predict": 3000, "num_ctx": 4096, "repeat_penalty": 1.3}
+    body = {"model": model, "messages": story, "options": options}
+    with httpx.stream("POST", f"{api.url}/api/chat", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()  # kept: httpx hangs up when it is dropped
+        next(lines)
+        yield
+
+
+def test_a_base_of_the_hub_is_fetched_on_after_a_kill_and_trained_once_the_model_server_is_idle(
+    root: Path, api: OllamaApi, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetching, killed with -9 in the middle; then what others have loaded is waited for, by name; then the job is as any."""
+    data = (root / "tiny.gguf").read_bytes()
+    job_dir = submit(root, "hub", samples, "hafs-hub", base="hf:owner/tiny-GGUF@v1/tiny.gguf")
+    with Hub({"owner/tiny-GGUF": {"tiny.gguf": data}}) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        hub.hold_after = len(data) // 2
+        child = begin(job_dir, 1)
+        until(lambda: any(part.stat().st_size > len(data) // 3 for part in tmp_path.glob("cache/*/blobs/*.part")))
+        child.send_signal(signal.SIGKILL)
+        child.wait(20)
+        (part,) = tmp_path.glob("cache/*/blobs/*.part")
+        came = part.stat().st_size
+        api.create("busy", files={"base.gguf": smollm2_gguf()})
+        hub.hold_after = (len(data) - came) // 2
+        child = begin(job_dir, 2)
+        until(lambda: part.stat().st_size > came)
+        with in_use(api, "busy"):
+            hub.go_on.set()
+            until(lambda: "which still holds busy:latest" in detail(job_dir, 2))
+            assert child.poll() is None and not job_dir.checkpoints.exists()
+        assert child.wait(200) == 0, job_dir.log_file(2).read_text()
+        assert [asked.range for asked in hub.bodies()] == ["", f"bytes={came}-"]
+    log = job_dir.log_file(2).read_text()
+    assert f"base: hf:owner/tiny-GGUF@{COMMIT}/tiny.gguf" in log
+    assert log.index("fetching hf:") < log.index("waits for the model server") < log.index("RUNNING")
+    assert "busy:latest" not in api.loaded()
+    assert job_dir.result_file.exists()
+    assert resolve(root, "hafs-hub").base == f"hf:owner/tiny-GGUF@{COMMIT}/tiny.gguf"
+
+
+def detail(job_dir: JobDir, attempt: int) -> str:
+    stage = job_dir.stage(attempt)
+    return stage.detail if stage else ""
 
 
 def test_another_system_message_is_told_before_anything_is_trained(root: Path) -> None:

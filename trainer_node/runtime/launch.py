@@ -46,13 +46,26 @@ def ensure_runtime(root: Path) -> RuntimeInfo:
         ProviderUnavailable: the runtime did not start; the message ends with its log.
         ConfigError: OLLAMA_HOST is no address.
     """
+    return find_server(root) or _start(root)
+
+
+def find_server(root: Path) -> RuntimeInfo | None:
+    """The server that answers now; nothing is started. Raises ConfigError where OLLAMA_HOST is no address."""
     if os.environ.get("HAFS_RUNTIME") != "embedded":
         url = ollama_url()
         version = probe(url)
         if version:
             return RuntimeInfo(url, embedded=False, version=version, started=False)
-    running = find_runtime(root)
-    return running or _start(root)
+    return find_runtime(root)
+
+
+def loaded_models(url: str) -> list[str]:
+    """What the server at `url` holds in memory; none where it does not say."""
+    try:
+        answer = httpx.get(f"{url}/api/ps", timeout=PROBE_TIMEOUT_S, trust_env=False)
+        return [str(entry["name"]) for entry in answer.raise_for_status().json()["models"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return []
 
 
 def ollama_url() -> str:

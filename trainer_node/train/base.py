@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 
+from config.contracts.base_name import FORM
 from config.errors import JobFailed
 from trainer_node.base_model import base_tag
 
@@ -64,7 +65,7 @@ def read_base(path: Path) -> BaseModel:
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError) as error:
-        raise JobFailed(f"{path}: not a GGUF file: {error}", hint="`base` is a GGUF file or package:NAME") from error
+        raise JobFailed(f"{path}: not a GGUF file: {error}", hint=f"`base` is a GGUF file, package:NAME or {FORM}") from error
     wanted = ("general.", "llama.", "tokenizer.ggml.pre")  # not the lists of the vocabulary: they take seconds
     fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(wanted)}
     architecture = str(fields.get("general.architecture", ""))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from config.contracts.base import Tolerant
 from config.errors import translate_os_errors
+from config.faults import around
 from config.files import sync_folder, write_atomic
 
 SEAL = "COMPLETE.json"
@@ -36,12 +37,14 @@ def seal(folder: Path) -> None:
     }
     with translate_os_errors(folder):
         for path in files.values():
-            with path.open("rb+") as file:
+            with path.open("rb+") as file, around("checkpoint.sync"):
                 os.fsync(file.fileno())
-        for below in {path.parent for path in files.values()}:
-            sync_folder(below)
+        with around("checkpoint.folders"):
+            for below in {path.parent for path in files.values()} | {folder.parent}:
+                sync_folder(below)
     sealed = {name: SealedFile(bytes=path.stat().st_size, sha256=_sha256(path)) for name, path in files.items()}
-    write_atomic(folder / SEAL, Seal(files=sealed).model_dump_json(indent=1).encode())
+    with around("checkpoint.seal"):
+        write_atomic(folder / SEAL, Seal(files=sealed).model_dump_json(indent=1).encode())
 
 
 def is_complete(folder: Path) -> bool:

@@ -51,6 +51,13 @@ def free_memory_mb(kind: str) -> float:
     return float(psutil.virtual_memory().available) / 2**20
 
 
+def total_memory_mb(kind: str) -> float:
+    """What free_memory_mb can be at most."""
+    if kind == "cuda":
+        return float(torch.cuda.mem_get_info()[1]) / 2**20
+    return float(psutil.virtual_memory().total) / 2**20
+
+
 def used_memory_mb(kind: str) -> float:
     """Memory this process holds now; its peak where the device keeps one."""
     if kind == "cuda":

@@ -11,7 +11,7 @@ from config.contracts.job import JobSpec
 from config.errors import DiskFull, JobFailed
 from trainer_node.dataset import Prepared
 from trainer_node.train.base import BaseModel
-from trainer_node.train.device import Device, free_memory_mb
+from trainer_node.train.device import Device, free_memory_mb, total_memory_mb
 from trainer_node.train.loop import update_steps
 
 PROCESS_MB = 900  # Python with torch, transformers and TRL
@@ -40,6 +40,7 @@ class Plan(Tolerant):
     device: Device
     memory_mb: float
     memory_free_mb: float
+    memory_total_mb: float = 0.0
     disk_mb: float
     disk_free_mb: float
     train_s: float
@@ -69,6 +70,7 @@ def make_plan(spec: JobSpec, base: BaseModel, data: Prepared, rank: int, device:
         device=device,
         memory_mb=_memory_mb(spec, base, trainable, longest, device),
         memory_free_mb=free_memory_mb(device.kind),
+        memory_total_mb=total_memory_mb(device.kind),
         disk_mb=CHECKPOINTS * trainable * OPTIMIZER_BYTES / 2**20,
         disk_free_mb=shutil.disk_usage(root).free / 2**20,
         train_s=4 * base.parameters * tokens * spec.train.epochs / (device.flops * SHARE_OF_PEAK),
@@ -77,17 +79,19 @@ def make_plan(spec: JobSpec, base: BaseModel, data: Prepared, rank: int, device:
 
 
 def require_room(plan: Plan) -> None:
-    """Raises DiskFull or JobFailed where the estimate is above what is free."""
+    """Raises DiskFull or JobFailed where the estimate is above what is free; on a GPU above what there is: it comes free."""
     if plan.disk_mb > plan.disk_free_mb:
         raise DiskFull(
             f"the checkpoints need {plan.disk_mb:.0f} MB, {plan.disk_free_mb:.0f} MB are free on the node",
             hint="free some space on the node; if the job has failed by then, submit it again",
         )
-    if plan.memory_mb > plan.memory_free_mb:
-        raise JobFailed(
-            f"training needs about {plan.memory_mb:.0f} MB of memory, {plan.memory_free_mb:.0f} MB are free",
-            hint="close what holds memory, or submit with a smaller train.batch (and more train.accumulation)",
-        )
+    smaller = "submit with a smaller train.batch (and more train.accumulation)"
+    needs = f"training needs about {plan.memory_mb:.0f} MB of memory"
+    if plan.device.kind == "cuda":
+        if plan.memory_mb > plan.memory_total_mb:
+            raise JobFailed(f"{needs}, the GPU has {plan.memory_total_mb:.0f} MB", hint=smaller)
+    elif plan.memory_mb > plan.memory_free_mb:
+        raise JobFailed(f"{needs}, {plan.memory_free_mb:.0f} MB are free", hint=f"close what holds memory, or {smaller}")
 
 
 def plan_lines(plan: Plan) -> list[str]:

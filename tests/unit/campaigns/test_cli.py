@@ -66,6 +66,11 @@ def test_help_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def test_ssh_is_loaded_without_what_it_does_not_need() -> None:
+    code = "import sys, campaigns.sync.ssh; sys.exit(bool(sys.modules['invoke'] or 'invoke.context' in sys.modules))"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "campaigns.cli.main", *arguments], capture_output=True, text=True, check=False

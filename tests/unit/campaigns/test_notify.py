@@ -11,10 +11,14 @@ import pytest
 from aiohttp import web
 
 from campaigns import notify as module
-from campaigns.notify import Notice, notice_of, notify
+from campaigns.notify import JobNotice, Notice, job_notify, notice_of, notice_of_job, notify
 from campaigns.spec import NotifySpec
 from campaigns.status import CampaignEnd, Progress
-from config.errors import HafsError, ProviderUnavailable
+from campaigns.store import CampaignFiles
+from campaigns.sync.jobs import JobRecord
+from config.contracts.job import JobError, JobResult, JobSpec, JobState, JobView, TrainJob
+from config.errors import ConfigError, HafsError, ProviderUnavailable
+from config.settings import Settings
 from tests.fakes.campaign_rows import call, spec
 
 KEEP = "import sys; open(sys.argv[1], 'wb').write(sys.stdin.buffer.read())"
@@ -125,3 +129,44 @@ def test_a_webhook_that_is_not_there_is_logged(caplog: pytest.LogCaptureFixture)
     anyio.run(notify, NotifySpec(url="http://127.0.0.1:9/s3cret"), DONE)
     assert "webhook at 127.0.0.1 failed: cannot connect" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+def job(state: JobState, error: JobError | None = None, result: JobResult | None = None) -> JobView:
+    return JobView(
+        id="sft-0001-abcd", kind="sft", name="coder", state=state, created_at=0, updated_at=0, error=error, result=result
+    )
+
+
+def test_a_job_tells_of_its_end(tmp_path: Path) -> None:
+    failed = notice_of_job(job(JobState.FAILED, JobError(code="JobFailed", message="no memory", hint="a smaller batch")), "box")
+    assert (failed.occasion, failed.state, failed.hint) == ("failure", "FAILED", "a smaller batch")
+    assert failed.text == "coder: job sft-0001-abcd on box failed: no memory"
+    done = notice_of_job(job(JobState.SUCCEEDED, result=JobResult(model="coder:v2")), "box")
+    assert (done.occasion, done.text) == ("end", "coder: job sft-0001-abcd on box succeeded: registered coder:v2")
+    kept = tmp_path / "kept"
+    anyio.run(notify, NotifySpec(command=[sys.executable, "-c", KEEP, str(kept)], on=["failure"]), failed)
+    assert JobNotice.model_validate_json(kept.read_text()) == failed
+
+
+def test_who_is_told_of_a_job(home: Path) -> None:
+    settings = Settings(home=home)
+    assert job_notify(settings, "sft-0001-abcd") == NotifySpec()
+    files = CampaignFiles(settings, "x")
+    files.path.mkdir(parents=True)
+    files.spec.write_text(json.dumps({"spec": spec(notify={"command": ["of-the-campaign"]}).model_dump(mode="json")}))
+    train_job = TrainJob(
+        spec=JobSpec(kind="sft", name="coder", base="package:none", data=["gone", "x"]),
+        dataset_id="d",
+        code_version="1",
+        nonce="n",
+    )
+    record = JobRecord(key=train_job.key, node="box", job=train_job, job_id="sft-0001-abcd", created_at=0)
+    settings.jobs.mkdir()
+    (settings.jobs / "one.json").write_text(record.model_dump_json())
+    assert job_notify(settings, "sft-0001-abcd").command == ["of-the-campaign"]
+    assert job_notify(settings, "sft-0002-abcd") == NotifySpec(), "submitted by another laptop"
+    settings.notify_file.write_text('[notify]\ncommand = ["mine"]\n')
+    assert job_notify(settings, "sft-0001-abcd").command == ["mine"]
+    settings.notify_file.write_text('[notify]\nurll = "x"\n')
+    with pytest.raises(ConfigError, match="urll"):
+        job_notify(settings, "sft-0001-abcd")

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from campaigns.sync.jobs import (
 )
 from campaigns.sync.remote import Node
 from campaigns.sync.transport import OnBytes
+from campaigns.sync.tunnel import Channel
 from config.contracts.job import JobSpec, JobState, JobView, Metrics, TrainJob
 from config.contracts.wire import Pong, Reply, Request, SubmitArgs, SubmitResult
 from config.errors import JobNotFound, NodeUnreachable, StoreCorrupt
@@ -78,7 +78,7 @@ class Desk:
     def download(self, remote_path: str, target: object, offset: int, on_bytes: OnBytes) -> None:
         raise NotImplementedError
 
-    def tunnel(self, host: str, port: int) -> AbstractContextManager[tuple[str, int]]:
+    def channel(self, host: str, port: int) -> Channel:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ def steps(events: list[FollowEvent]) -> list[int]:
 
 
 def text(events: list[FollowEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, LogText))
+    return b"".join(event.data for event in events if isinstance(event, LogText)).decode()
 
 
 def test_a_job_is_followed_from_the_queue_to_its_end(work: Work) -> None:
@@ -192,7 +192,7 @@ def test_a_job_is_followed_from_the_queue_to_its_end(work: Work) -> None:
     work.print(b"preparing\n")
     second, third = next(events), next(events)
     assert isinstance(second, StateChanged) and second.job.state is JobState.PREPARING
-    assert third == LogText("preparing\n", 1, 10)
+    assert third == LogText(b"preparing\n", 1, 10)
     work.queue.advance(work.id, JobState.RUNNING, "step 2 of 9")
     work.print(b"training\n")
     work.measure(1, 2)
@@ -242,7 +242,7 @@ def test_an_unreachable_node_is_told_once_and_never_as_failed(work: Work) -> Non
     work.print(b"two\n")
     back, more = next(events), next(events)
     assert isinstance(back, StateChanged) and back.job.state is JobState.PREPARING
-    assert isinstance(more, LogText) and more.text == "two\n"
+    assert isinstance(more, LogText) and more.data == b"two\n"
     assert work.node.down == 0
 
 

@@ -94,7 +94,9 @@ def test_a_file_that_is_never_right_is_not_there(there: InProcessNode, answer: d
     assert not list((home / "models").rglob("adapter.safetensors*"))
 
 
-@pytest.mark.parametrize("tag", ["../../x:v1", "x", "x:latest", "x:v1/../..", ":v1", "X:v1", "x:v1\n", "/etc:v1"])
+@pytest.mark.parametrize(
+    "tag", ["../../x:v1", "x", "x:latest", "x:v1/../..", ":v1", "X:v1", "x:v1\n", "/etc:v1", "nul:v1", "con.x:v1", "x.:v1"]
+)
 def test_a_tag_that_is_no_name_is_refused(there: InProcessNode, answer: dict[str, object], home: Path, tag: str) -> None:
     with pytest.raises(ProtocolError, match="which is not NAME:vN"):
         pull(Node("box", lambda: Shelf(there, {**answer, "tag": tag})), Settings(home=home), "hafs-coder", ignore)

@@ -1,18 +1,20 @@
 """Calls over real child processes that cut, stall, babble or lie."""
 
+import io
 import json
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from campaigns.sync import remote
 from campaigns.sync.local import LocalTransport
-from campaigns.sync.remote import Node
+from campaigns.sync.remote import Node, Question
 from campaigns.sync.transport import Transport
 from config.contracts.wire import MAX_LINE_BYTES, MODELS, PING, STATUS, JobArgs, Nothing, Request
-from config.errors import HafsError, JobNotFound, NodeUnreachable, ProtocolError, StoreError, TransferError
+from config.errors import HafsError, JobNotFound, NodeUnreachable, ProtocolError, TransferError
 
 PONG = json.dumps({"version": 1, "result": {"hafs": "9", "protocol": 1, "root": "/n", "daemon": False, "platform": "linux"}})
 JOBS = json.dumps({"version": 1, "result": {"jobs": []}, "new_field_of_a_newer_peer": 1})
@@ -48,6 +50,67 @@ def test_an_answer_of_a_newer_peer_is_read() -> None:
 def test_an_answer_cut_at_any_byte_is_asked_again_over_a_new_connection(cut: int) -> None:
     with node_over(child(PONG + "\n", JOBS[:cut]), child(PONG + "\n", JOBS + "\n")) as node:
         assert node.call(STATUS, JobArgs()).jobs == []
+
+
+class Fellow:
+    """A transport whose other side answers only once everything has been asked."""
+
+    def __init__(self, *answers: str) -> None:
+        self.asked: list[str] = []
+        self._answers = list(answers)
+        self.closed = False
+
+    def send(self, line: bytes, body: object, on_bytes: object) -> None:
+        self.asked.append(json.loads(line)["verb"])
+
+    def receive(self, deadline_s: float) -> bytes:
+        assert len(self.asked) == 3, "it waits for an answer before it has asked all"
+        answer = self._answers.pop(0)
+        if not answer:
+            raise NodeUnreachable("cut")
+        return answer.encode()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+QUESTIONS: list[Question] = [(STATUS, JobArgs()), (MODELS, Nothing())]
+NO_MODELS = json.dumps({"version": 1, "result": {"models": []}})
+
+
+def node_of(*fellows: Fellow) -> Node:
+    waiting = list(fellows)
+    return Node("box", lambda: cast(Transport, waiting.pop(0)))
+
+
+def test_several_questions_and_the_handshake_are_one_exchange() -> None:
+    fellow = Fellow(PONG, JOBS, NO_MODELS)
+    with node_of(fellow) as node:
+        jobs, models = node.ask(QUESTIONS)
+    assert (jobs.jobs, models.models, fellow.asked) == ([], [], ["ping", "status", "models"])
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_an_exchange_cut_at_any_answer_is_made_again(lost: int) -> None:
+    answers = [PONG, JOBS, NO_MODELS]
+    first = Fellow(*answers[:lost], "")
+    with node_of(first, Fellow(*answers)) as node:
+        assert node.ask(QUESTIONS)[1].models == []
+    assert first.closed
+
+
+def test_a_refusal_among_the_answers_spends_the_connection() -> None:
+    refusal = json.dumps({"version": 1, "error": {"code": "JobNotFound", "message": "no job", "hint": ""}})
+    fellow = Fellow(PONG, refusal, NO_MODELS)
+    with node_of(fellow) as node, pytest.raises(JobNotFound):
+        node.ask(QUESTIONS)
+    assert fellow.closed, "the answer nobody has read would be taken for the next one"
+
+
+def test_another_protocol_is_told_before_its_answers_are_read() -> None:
+    fellow = Fellow(PONG.replace('"protocol": 1', '"protocol": 2'), "garbage", "garbage")
+    with node_of(fellow) as node, pytest.raises(ProtocolError, match="protocol 2"):
+        node.ask(QUESTIONS)
 
 
 def test_an_answer_cut_twice_is_an_unreachable_node() -> None:
@@ -97,12 +160,21 @@ def test_a_request_longer_than_the_wire_allows_is_not_sent() -> None:
         node.call(STATUS, JobArgs(job="x" * MAX_LINE_BYTES))
 
 
-@pytest.mark.parametrize(("protocol", "older"), [(0, "on box"), (2, "on this machine")])
+@pytest.mark.parametrize(
+    ("protocol", "older"), [(0, "hafs nodes upgrade box"), (2, 'pip install --upgrade "hafs[laptop]" on this machine')]
+)
 def test_a_skew_of_versions_names_both_and_who_is_older(protocol: int, older: str) -> None:
     pong = PONG.replace('"protocol": 1', f'"protocol": {protocol}')
     with node_over(child(pong + "\n")) as node, pytest.raises(ProtocolError, match="hafs 9") as raised:
         node.open()
     assert raised.value.hint.endswith(older)
+
+
+def test_what_another_version_does_not_understand_names_the_upgrade() -> None:
+    error = json.dumps({"error": {"code": "ProtocolError", "message": "no verb doctor", "hint": "what was advised in its day"}})
+    with node_over(child(PONG + "\n", error + "\n")) as node, pytest.raises(ProtocolError, match="no verb doctor") as raised:
+        node.call(STATUS, JobArgs())
+    assert raised.value.hint.endswith("hafs nodes upgrade box")
 
 
 @pytest.mark.parametrize(("code", "kind"), [("JobNotFound", JobNotFound), ("FromTheFuture", HafsError)])
@@ -134,23 +206,34 @@ def test_a_spent_connection_is_not_used_again() -> None:
         assert node.call(STATUS, JobArgs(), deadline_s=0.2).jobs == []
 
 
-def test_files_continue_at_the_offset(tmp_path: Path) -> None:
+def test_a_download_continues_at_the_offset(tmp_path: Path) -> None:
     transport = child("!")
-    source, there, back = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    source, back = tmp_path / "a", tmp_path / "b"
     source.write_bytes(bytes(range(256)) * 4000)
-    there.write_bytes(source.read_bytes()[:1000])
     counted: list[int] = []
-    transport.upload(source, str(there), 1000, counted.append)
-    assert there.read_bytes() == source.read_bytes() and sum(counted) == 1_023_000
     with back.open("wb") as target:
-        transport.download(str(there), target, 500_000, counted.append)
-    assert back.read_bytes() == source.read_bytes()[500_000:]
-    transport.upload(source, str(there), 0, counted.append)
-    assert there.read_bytes() == source.read_bytes()
-    with pytest.raises(StoreError, match="cannot read .*/gone"):
-        transport.upload(tmp_path / "gone", str(there), 0, counted.append)
+        transport.download(str(source), target, 500_000, counted.append)
+    assert back.read_bytes() == source.read_bytes()[500_000:] and sum(counted) == 524_000
     with back.open("wb") as target, pytest.raises(TransferError, match="cannot read .*/gone"):
         transport.download(str(tmp_path / "gone"), target, 0, counted.append)
+    transport.close()
+
+
+COUNTING = """
+import sys
+while line := sys.stdin.buffer.readline():
+    print(len(sys.stdin.buffer.read(int(line))), flush=True)
+"""
+
+
+def test_what_is_sent_is_answered_in_its_order() -> None:
+    transport = LocalTransport([sys.executable, "-S", "-E", "-c", COUNTING])
+    counted: list[int] = []
+    for size in (600_000, 0, 5):
+        transport.send(b"%d\n" % size, io.BytesIO(bytes(size)), counted.append)
+    assert [transport.receive(30) for _ in range(3)] == [b"600000", b"0", b"5"] and sum(counted) == 600_005
+    with pytest.raises(NodeUnreachable, match="within 0.2 s"):
+        transport.receive(0.2)
     transport.close()
 
 

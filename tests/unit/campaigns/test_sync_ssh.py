@@ -164,7 +164,14 @@ def test_a_pinned_key_stays(tmp_path: Path) -> None:
     require_same(file, key, key)
 
 
-@pytest.mark.parametrize("line", ["garbage", "box ssh-ed25519 %%%", "@revoked box ssh-ed25519 " + BLOB])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("garbage", "box ssh-ed25519 %%%", "box ssh-rsa " + BLOB, "box ssh-ed25519 " + BLOB[:-4], "box ssh-ed25519 AAAA"),
+        *("@revoked box ssh-ed25519 " + BLOB, "@cert-authority *.org ssh-ed25519 " + BLOB, "*.org ssh-ed25519 " + BLOB),
+        *("|1|c2FsdA==|aGFzaA== ssh-ed25519 " + BLOB, "box,10.0.0.7 ssh-ed25519 " + BLOB, "!box ssh-ed25519 " + BLOB),
+    ],
+)
 def test_a_line_that_is_no_key_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "known_hosts"
     file.write_text(f"# comment\n\nfirst ssh-ed25519 {BLOB}\n{line}\n")

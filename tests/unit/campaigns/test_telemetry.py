@@ -11,7 +11,7 @@ import pytest
 
 from campaigns import telemetry as telemetry_module
 from campaigns.sync import remote
-from campaigns.sync.remote import Node
+from campaigns.sync.remote import Node, Nodes
 from campaigns.telemetry import NodeTelemetry, open_telemetry
 from config.contracts.gpu import GpuReading
 from config.contracts.wire import GpuResult
@@ -104,7 +104,7 @@ def test_a_node_that_does_not_know_the_verb_is_left_alone_for_a_minute(
     assert anyio.run(telemetry.read) is None
     clock.now += 59
     assert anyio.run(telemetry.read) is None
-    assert len(told()) == 1 and "does not know the verb" in told()[0] and "pip install -U" in told()[0]
+    assert len(told()) == 1 and "does not know the verb" in told()[0] and "hafs nodes upgrade" in told()[0]
 
 
 def test_a_node_without_a_gpu_says_so_once(
@@ -179,7 +179,7 @@ def test_what_is_closed_in_the_middle_of_a_call_leaves_nothing_open(
 
 def test_a_node_that_does_not_exist_is_said_at_once(home: Path) -> None:
     async def work() -> None:
-        async with open_telemetry(Settings(home=home), "nowhere"):
+        async with open_telemetry(Nodes(Settings(home=home)), "nowhere"):
             raise AssertionError("opened")
 
     with pytest.raises(ConfigError, match='no node "nowhere"'):
@@ -193,7 +193,7 @@ def test_this_machine_is_a_node_like_any_other(
     monkeypatch.setattr(telemetry_module, "READ_S", 60)
 
     async def work() -> GpuReading | None:
-        async with open_telemetry(Settings(home=home), LOCAL) as telemetry:
+        async with open_telemetry(Nodes(Settings(home=home)), LOCAL) as telemetry:
             return await telemetry.read()
 
     reading = anyio.run(work)

@@ -3,13 +3,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from config.locks import FileLock
 from trainer_node import doctor
-from trainer_node.daemon import lock_file
+from trainer_node.daemon import daemon_pid, lock_file
+from trainer_node.service import install
+from trainer_node.service.base import ServiceStatus
+
+COMMANDS = ("daemon", "rpc", "runtime", "doctor", "install", "uninstall", "prune", "status")
 
 
 def node(*args: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -22,7 +28,7 @@ def test_the_version() -> None:
     assert done.returncode == 0 and done.stdout.startswith("hafs-node ")
 
 
-@pytest.mark.parametrize("command", [(), ("daemon",), ("rpc",), ("runtime",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     done = node(*command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
@@ -85,8 +91,111 @@ def test_doctor_says_one_line_each_and_needs_no_root(tmp_path: Path) -> None:
     assert "GB free" in doctor._disk(tmp_path / "not" / "yet").detail
 
 
+@pytest.mark.parametrize("broken", ["root is a file", "damaged queue"])
+def test_doctor_says_all_it_can_of_a_broken_node(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ASK_TORCH", f"print({json.dumps(json.dumps(['2.13', 'cpu']))})")
+    root = tmp_path / "node"
+    if broken == "root is a file":
+        root.write_text("x")
+    else:
+        root.mkdir()
+        (root / "state.sqlite").write_bytes(b"no database " * 100)
+    checks = doctor.examine(root)
+    assert {"Python", "torch", "root", "queue", "disk", "memory", "model server", "service", "daemon"} <= {c.name for c in checks}
+    red = {check.name: check for check in checks if not check.ok}
+    assert set(red) & {"root", "queue"} == {"root" if broken == "root is a file" else "queue"}
+    assert all(check.hint for check in red.values()), "each says what to do"
+
+
+def test_what_the_doctor_may_find_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every check that can be red, made red."""
+    for name, low in (("FREE_DISK_GB", 10**9), ("FREE_MEMORY_GB", 10**9), ("ASK_TORCH", "import no_such_torch")):
+        monkeypatch.setattr(doctor, name, low)
+    monkeypatch.setattr(doctor, "NODE_EXTRA", ("no_such_package_xyz",))
+    monkeypatch.setattr(doctor, "OWN_PACKAGES", ("json",))
+    monkeypatch.setattr("trainer_node.runtime.launch.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(install, "service_here", lambda: Down())
+    (tmp_path / "file").write_text("x")
+    checks = doctor.examine(tmp_path / "file" / "below", laptop_time=time.time() - 3600)
+    red = {check.name: check.hint for check in checks if not check.ok}
+    names = {"hafs packages", "node packages", "torch", "root", "disk", "memory", "model server", "service", "clock"}
+    assert set(red) == names and all(red.values())
+
+
+class Down:
+    kind = "unit"
+
+    def status(self, name: str) -> ServiceStatus:
+        return ServiceStatus(True, False, f"{name} is failed", "hafs-node install starts it anew")
+
+
+def test_status_of_a_damaged_queue_says_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "state.sqlite").write_bytes(b"no database " * 100)
+    done = node("status", "--root", str(tmp_path))
+    assert done.returncode == 0 and "is damaged" in done.stdout and "daemon      not running" in done.stdout
+
+
 def test_doctor_for_programs(tmp_path: Path) -> None:
     done = node("doctor", "--json", "--root", str(tmp_path))
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert {"Python", "torch", "disk", "memory", "root", "daemon", "model server"} <= set(checks)
     assert done.returncode == (0 if all(check["ok"] for check in checks.values()) else 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "nvidia", "ok"), [("cpu, 2 threads", False, True), ("cpu, 2 threads", True, False), ("cuda X", True, True)]
+)
+def test_a_torch_that_does_not_see_the_gpu_is_a_fault(
+    device: str, nvidia: bool, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "ASK_TORCH", f"print('noise'); print({json.dumps(json.dumps(['2.13', device]))})")
+    check = doctor._torch(nvidia)
+    assert check.ok is ok and "2.13" in check.detail and ("--torch-args" in check.hint) is not ok
+
+
+def test_a_torch_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ASK_TORCH", "raise ImportError('libcudart.so.13 is missing')")
+    assert not doctor._torch(False).ok and "libcudart.so.13" in doctor._torch(False).detail
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "ok", "said"), [(3, True, "as the laptop's"), (3600, False, "ahead of"), (-90, False, "90 s behind")]
+)
+def test_a_clock_that_differs_is_a_fault(ahead_s: float, ok: bool, said: str) -> None:
+    check = doctor._clock(ahead_s)
+    assert check.ok is ok and said in check.detail
+
+
+def test_the_memory_of_a_job_that_runs_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "FREE_MEMORY_GB", 10**6)
+    assert not doctor._memory("").ok
+    busy = doctor._memory("sft-1")
+    assert busy.ok and "while sft-1 runs" in busy.detail and busy.hint
+
+
+def test_without_a_service_manager_all_is_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install.install(tmp_path / "node") == install.ON_DEMAND
+    assert install.uninstall(tmp_path / "node") == "no service was installed"
+    check = doctor._service(tmp_path / "node")
+    assert check.ok and check.detail == install.ON_DEMAND
+
+
+def test_the_daemon_that_runs_makes_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = [sys.executable, "-P", "-m", "trainer_node.cli", "daemon", "--root", str(tmp_path / "node")]
+    with subprocess.Popen(argv) as daemon:
+        end = time.monotonic() + 60
+        while not daemon_pid(tmp_path / "node"):
+            assert time.monotonic() < end and daemon.poll() is None
+            time.sleep(0.05)
+        threading.Thread(target=daemon.wait, daemon=True).start()  # as init does for a real one
+        install.install(tmp_path / "node")
+        assert daemon_pid(tmp_path / "node") is None and daemon.wait(30) == 0
+
+
+def test_status_starts_and_writes_nothing(tmp_path: Path) -> None:
+    done = node("status", "--json", "--root", str(tmp_path / "node"))
+    seen = json.loads(done.stdout)
+    assert seen["daemon"] == "not running" and seen["jobs"] == "none" and seen["root"] == str(tmp_path / "node")
+    assert not (tmp_path / "node").exists()

@@ -142,7 +142,7 @@ def test_what_does_not_pass_ends_with_its_own_reason(started: tuple[Queue, Daemo
     assert seen == [JobState.INTERRUPTED, JobState.FAILED]
     error = queue.get(folder.id).error
     assert error is not None and (error.code, error.message) == ("ProviderUnavailable", "away 2")
-    assert "submit it again" in error.hint
+    assert "train retry" in error.hint
     queue.close()
 
 
@@ -186,3 +186,18 @@ def test_it_loads_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "idle" in (tmp_path / "daemon.log").read_text()
+
+
+def test_a_heartbeat_that_stays_away_is_told_once_and_kills_nothing(
+    started: tuple[Queue, Daemon, JobDir], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue, daemon, folder = started
+    me = identify_self()
+    old = RunnerRecord(pid=me.pid, create_time=me.create_time, boot_id=me.boot_id, attempt=1, heartbeat_at=time.time() - 3600)
+    folder.write_runner(old)
+    with caplog.at_level("INFO", logger="trainer_node.daemon"):
+        daemon.step(queue)
+        daemon.step(queue)
+    assert queue.get(folder.id).state is JobState.PREPARING
+    assert caplog.text.count("no heartbeat") == 1
+    queue.close()

@@ -1,6 +1,7 @@
 """Splits, drops and refusals of a job's dataset, on sealed segments as the inbox leaves them."""
 
 import hashlib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def write_dataset(root: Path, lines: list[str], kind: DataKind = "samples") -> D
     for part in (lines[:half], lines[half:]):
         raw = "".join(line + "\n" for line in part).encode()
         packed = zstandard.ZstdCompressor().compress(raw)
-        sha = hashlib.sha256(raw).hexdigest()
+        sha = hashlib.sha256(packed).hexdigest()
         (root / "segments").mkdir(parents=True, exist_ok=True)
         (root / "segments" / f"{sha}.jsonl.zst").write_bytes(packed)
         segments.append(Segment(sha256=sha, rows=len(part), bytes=len(raw), packed_bytes=len(packed)))
@@ -147,9 +148,52 @@ def test_a_changed_segment_is_refused(tmp_path: Path) -> None:
     path.write_bytes(zstandard.ZstdCompressor().compress(sample("z").model_dump_json().encode() + b"\n"))
     with pytest.raises(JobFailed, match="not what the name says"):
         list(read_rows(tmp_path, manifest))
-    path.write_bytes(b"junk")
+    path.unlink()
     with pytest.raises(JobFailed, match="cannot be read"):
         list(read_rows(tmp_path, manifest))
+
+
+def store(root: Path, packed: bytes, rows: int, size: int) -> DatasetManifest:
+    """A segment whose name is right, whatever is in it."""
+    sha = hashlib.sha256(packed).hexdigest()
+    (root / "segments").mkdir(exist_ok=True)
+    (root / "segments" / f"{sha}.jsonl.zst").write_bytes(packed)
+    segment = Segment(sha256=sha, rows=rows, bytes=size, packed_bytes=len(packed))
+    return DatasetManifest(name="data", campaigns=["c"], segments=[segment])
+
+
+def test_what_unpacks_to_something_else_than_announced_is_refused(tmp_path: Path) -> None:
+    lines = b"".join(sample(source).model_dump_json().encode() + b"\n" for source in "ab")
+    packed = zstandard.compress(lines)
+    assert len(list(read_rows(tmp_path, store(tmp_path, packed, 2, len(lines))))) == 2
+    wrong = [
+        (packed, 3, len(lines)),
+        (packed, 2, len(lines) + 1),
+        (packed, 2, len(lines) - 1),
+        (packed, 1, 1),
+        (packed[:-9], 2, len(lines)),
+    ]
+    for data, count, size in wrong:
+        with pytest.raises(JobFailed, match="does not hold the"):
+            list(read_rows(tmp_path, store(tmp_path, data, count, size)))
+
+
+def test_what_cannot_be_unpacked_is_said(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="cannot be read"):
+        list(read_rows(tmp_path, store(tmp_path, b"no zstd at all", 1, 9)))
+    bad = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(sample("a").model_dump_json().encode() + b"\n"))
+    bad[-1] ^= 1  # of the checksum
+    with pytest.raises(JobFailed, match="cannot be read"):
+        list(read_rows(tmp_path, store(tmp_path, bytes(bad), 1, 10**6)))
+
+
+def test_what_unpacks_to_endless_zeros_is_not_taken_into_memory(tmp_path: Path) -> None:
+    packed = zstandard.compress(bytes(2**28))
+    tracemalloc.start()
+    with pytest.raises(JobFailed):
+        list(read_rows(tmp_path, store(tmp_path, packed, 1, 1000)))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 import hashlib
+import io
 import os
+import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +17,27 @@ from trainer_node.inbox import Inbox
 LINES = b'{"id": "a"}\n{"id": "b"}\n'
 
 
-def a_segment(lines: bytes = LINES, packed: bytes | None = None, **changes: int) -> tuple[Segment, bytes]:
-    packed = zstandard.compress(lines) if packed is None else packed
-    segment = Segment(
-        sha256=hashlib.sha256(lines).hexdigest(), rows=max(1, lines.count(b"\n")), bytes=len(lines), packed_bytes=len(packed)
-    )
+def a_segment(lines: bytes = LINES, **changes: int) -> tuple[Segment, bytes]:
+    packed = zstandard.compress(lines)
+    sha256 = hashlib.sha256(packed).hexdigest()
+    segment = Segment(sha256=sha256, rows=max(1, lines.count(b"\n")), bytes=len(lines), packed_bytes=len(packed))
     return segment.model_copy(update=dict(changes)), packed
 
 
 @pytest.fixture
-def inbox(tmp_path: Path) -> Inbox:
-    return Inbox(tmp_path)
+def inbox(tmp_path: Path) -> Iterator[Inbox]:
+    inbox = Inbox(tmp_path)
+    yield inbox
+    inbox.close()
 
 
-def upload(inbox: Inbox, segment: Segment, packed: bytes) -> Path:
-    part = Path(inbox.have(segment).upload_path)
-    part.write_bytes(packed)
-    return part
+def receive(inbox: Inbox, segment: Segment, packed: bytes, offset: int = 0) -> None:
+    assert inbox.receive(segment, offset, io.BytesIO(packed)).present
+    inbox.settle()
+
+
+def parts(inbox: Inbox) -> list[Path]:
+    return sorted((inbox.root / "incoming").glob("*.part"))
 
 
 def stored(inbox: Inbox) -> list[Path]:
@@ -39,83 +45,99 @@ def stored(inbox: Inbox) -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def test_a_segment_is_visible_only_after_its_commit(inbox: Inbox) -> None:
+def test_a_segment_is_visible_only_when_it_is_whole(inbox: Inbox) -> None:
     segment, packed = a_segment()
     before = inbox.have(segment)
     assert not before.present and before.offset == 0
-    part = upload(inbox, segment, packed[:7])
-    assert inbox.have(segment).offset == 7, "the upload continues here"
-    part.write_bytes(packed)
-    assert not inbox.have(segment).present and stored(inbox) == []
-    assert inbox.commit_segment(segment).present
+    with pytest.raises(TransferError, match=f"7 of {len(packed)} bytes have arrived"):
+        inbox.receive(segment, 0, io.BytesIO(packed[:7]))
+    assert inbox.have(segment).offset == 7 and not inbox.have(segment).present and stored(inbox) == []
+    receive(inbox, segment, packed[7:], 7)
     (file,) = stored(inbox)
     assert file.read_bytes() == packed and file.name == f"{segment.sha256}.jsonl.zst"
-    assert inbox.have(segment).present and not part.exists()
-    assert inbox.commit_segment(segment).present, "a lost answer may ask again"
+    assert inbox.have(segment).present and parts(inbox) == []
+    assert inbox.receive(segment, 0, io.BytesIO(packed)).present, "a lost answer may send again"
 
 
-def test_several_frames_are_one_segment(inbox: Inbox) -> None:
-    segment, packed = a_segment(packed=zstandard.compress(LINES[:12]) + zstandard.compress(LINES[12:]))
-    upload(inbox, segment, packed)
-    assert inbox.commit_segment(segment).present
-
-
-def test_a_short_upload_stays_to_be_continued(inbox: Inbox) -> None:
+def test_a_node_that_died_before_it_stored_what_it_had_verified_goes_on_without_a_byte(inbox: Inbox) -> None:
     segment, packed = a_segment()
-    part = upload(inbox, segment, packed[:-3])
-    with pytest.raises(TransferError, match=f"{len(packed) - 3} of {len(packed)}"):
-        inbox.commit_segment(segment)
-    assert part.exists() and inbox.have(segment).offset == len(packed) - 3
+    part = inbox.root / "incoming" / f"{segment.sha256}-0a.part"
+    part.parent.mkdir()
+    part.write_bytes(packed)
+    assert inbox.have(segment).offset == len(packed)
+    receive(inbox, segment, b"", len(packed))
+    assert stored(inbox)[0].read_bytes() == packed and parts(inbox) == []
+
+
+def test_every_cut_is_continued_from_where_it_was(inbox: Inbox) -> None:
+    segment, packed = a_segment(b"".join(b'{"id": "%d"}\n' % number for number in range(300)))
+    for end in range(0, len(packed), 97):
+        offset = inbox.have(segment).offset
+        with pytest.raises(TransferError):
+            inbox.receive(segment, offset, io.BytesIO(packed[offset:end]))
+        assert stored(inbox) == [] and len(parts(inbox)) == 1
+    offset = inbox.have(segment).offset
+    receive(inbox, segment, packed[offset:], offset)
+    assert stored(inbox)[0].read_bytes() == packed and parts(inbox) == []
 
 
 @pytest.mark.parametrize(
-    ("case", "words"),
+    ("sent", "words"),
     [
-        ("flipped", "not zstd|SHA-256|unpacked"),
-        ("other content", "SHA-256"),
-        ("bomb", "more than 24 of 24"),
-        ("less", "only 24 of 25"),
-        ("garbage behind", "not zstd"),
-        ("garbage", "not zstd"),
-        ("torn line", "last line is cut off"),
-        ("row count", "2 rows, not 3"),
+        (lambda packed: bytes([*packed[:-1], packed[-1] ^ 1]), "has SHA-256"),
+        (lambda packed: bytes(len(packed)), "has SHA-256"),
+        (lambda packed: packed + b"g", "more than"),
+        (lambda packed: packed + bytes(2**24), "more than"),
     ],
+    ids=["one bit", "zeros", "a byte more", "much more"],
 )
-def test_what_is_not_what_was_announced_is_refused_and_deleted(inbox: Inbox, case: str, words: str) -> None:
-    segment, packed = {
-        "flipped": lambda: a_segment(packed=bytes([*zstandard.compress(LINES)[:-4], 0, 1, 2, 3])),
-        "other content": lambda: a_segment(packed=zstandard.compress(LINES.replace(b"a", b"x"))),
-        "bomb": lambda: a_segment(packed=zstandard.compress(b"\n" * 2**28)),
-        "less": lambda: a_segment(bytes=len(LINES) + 1),
-        "garbage behind": lambda: a_segment(packed=zstandard.compress(LINES) + b"garbage"),
-        "garbage": lambda: a_segment(packed=b"\0" * 50),
-        "torn line": lambda: a_segment(LINES[:-1]),
-        "row count": lambda: a_segment(rows=3),
-    }[case]()
-    part = upload(inbox, segment, packed)
+def test_what_is_not_what_was_announced_is_refused_and_deleted(inbox: Inbox, sent: Callable[[bytes], bytes], words: str) -> None:
+    segment, packed = a_segment()
     with pytest.raises(TransferError, match=words):
-        inbox.commit_segment(segment)
-    assert not part.exists() and stored(inbox) == [] and inbox.have(segment).offset == 0
+        inbox.receive(segment, 0, io.BytesIO(sent(packed)))
+    assert parts(inbox) == [] and stored(inbox) == [] and inbox.have(segment).offset == 0
 
 
-def test_an_oversized_part_is_begun_anew(inbox: Inbox) -> None:
+def test_what_is_shorter_than_announced_is_never_whole(inbox: Inbox) -> None:
     segment, packed = a_segment()
-    part = upload(inbox, segment, packed + b"more")
-    assert inbox.have(segment).offset == 0 and not part.exists()
+    longer = segment.model_copy(update={"packed_bytes": len(packed) + 1})
+    with pytest.raises(TransferError, match=f"{len(packed)} of {len(packed) + 1} bytes"):
+        inbox.receive(longer, 0, io.BytesIO(packed))
+    assert stored(inbox) == []
 
 
-def test_a_sender_that_still_writes_cannot_change_what_was_verified(inbox: Inbox) -> None:
+def test_a_wrong_beginning_is_deleted_with_what_continued_it(inbox: Inbox) -> None:
     segment, packed = a_segment()
-    with upload(inbox, segment, packed).open("r+b") as late:
-        inbox.commit_segment(segment)
-        late.write(b"late bytes of a connection that hung")
+    with pytest.raises(TransferError):
+        inbox.receive(segment, 0, io.BytesIO(packed[:9][::-1]))
+    with pytest.raises(TransferError):
+        inbox.receive(segment, inbox.have(segment).offset, io.BytesIO(packed[9:]))
+    assert parts(inbox) == [] and inbox.have(segment).offset == 0
+
+
+class Hanging:
+    """A connection that gives its bytes, then has another one served, and ends late."""
+
+    def __init__(self, data: bytes, meanwhile: Callable[[], None]) -> None:
+        self._data, self._meanwhile = data, meanwhile
+
+    def read(self, size: int, /) -> bytes:
+        if not self._data:
+            self._meanwhile()
+        data, self._data = self._data, b""
+        return data
+
+
+def test_a_connection_that_hangs_disturbs_no_other(inbox: Inbox) -> None:
+    segment, packed = a_segment()
+    with pytest.raises(TransferError, match="5 of"):
+        inbox.receive(segment, 0, Hanging(packed[:5], lambda: receive(Inbox(inbox.root), segment, packed[3:], 3)))
     assert stored(inbox)[0].read_bytes() == packed
 
 
 def test_a_dataset_needs_all_its_segments(inbox: Inbox) -> None:
     (first, packed), (second, _) = a_segment(), a_segment(b"{}\n")
-    upload(inbox, first, packed)
-    inbox.commit_segment(first)
+    inbox.receive(first, 0, io.BytesIO(packed))
     whole = DatasetManifest(name="demo", campaigns=["demo"], segments=[first])
     with pytest.raises(TransferError, match="1 of 2 segments"):
         inbox.commit_dataset(whole.model_copy(update={"segments": [first, second]}))
@@ -130,8 +152,7 @@ def test_a_dataset_needs_all_its_segments(inbox: Inbox) -> None:
 
 def test_a_job_needs_a_dataset_that_is_here_and_of_its_kind(inbox: Inbox) -> None:
     segment, packed = a_segment()
-    upload(inbox, segment, packed)
-    inbox.commit_segment(segment)
+    receive(inbox, segment, packed)
     id_ = inbox.commit_dataset(DatasetManifest(name="d", campaigns=["d"], segments=[segment])).id
     sft = JobSpec(kind="sft", name="coder", base="x", data=["d"])
     job = TrainJob(spec=sft, dataset_id=id_, code_version="0", nonce="0")
@@ -151,7 +172,7 @@ def test_a_path_in_the_place_of_a_hash_is_refused(inbox: Inbox) -> None:
     with pytest.raises(ProtocolError, match="no SHA-256"):
         inbox.have(segment)
     with pytest.raises(ProtocolError):
-        inbox.commit_segment(segment)
+        inbox.receive(segment, 0, io.BytesIO())
 
 
 @pytest.fixture
@@ -165,18 +186,41 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_is_said_and_costs_nothing(small_disk: Path) -> None:
+def test_a_full_disk_is_said_and_what_has_come_is_continued(small_disk: Path) -> None:
     inbox = Inbox(small_disk)
-    segment, packed = a_segment(os.urandom(150_000).replace(b"\n", b"x") + b"\n")
-    part = upload(inbox, segment, packed)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(100_000))
+    segment, packed = a_segment(os.urandom(170_000).replace(b"\n", b"x") + b"\n")
     with pytest.raises(DiskFull) as error:
-        inbox.commit_segment(segment)
+        inbox.receive(segment, 0, Chunks(packed))
     assert "free some space" in error.value.hint
-    assert part.read_bytes() == packed and stored(inbox) == []
-    assert {path.name for path in part.parent.iterdir()} == {part.name, "commit.lock"}, "the half copy is gone"
+    offset = inbox.have(segment).offset
+    assert 0 < offset < len(packed) and stored(inbox) == []
+    ballast.unlink()
+    (parts(inbox)[0]).write_bytes(packed[: offset // 2])  # room for the copy of what was there
+    receive(inbox, segment, packed[offset // 2 :], offset // 2)
+    assert stored(inbox)[0].read_bytes() == packed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_device_that_takes_nothing_is_said(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, packed = a_segment()
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0a")
+    (inbox.root / "incoming").mkdir()
+    (inbox.root / "incoming" / f"{segment.sha256}-0a.part").symlink_to("/dev/full")
+    with pytest.raises(DiskFull):
+        inbox.receive(segment, 0, io.BytesIO(packed))
+    assert stored(inbox) == []
+
+
+class Chunks(io.BytesIO):
+    """As a pipe gives them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(4096)
 
 
 def test_a_read_only_root_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
-        Inbox(tmp_path / "file").have(a_segment()[0])
+        Inbox(tmp_path / "file").receive(a_segment()[0], 0, io.BytesIO(a_segment()[1]))

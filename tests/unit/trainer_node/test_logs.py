@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.contracts.job import JobSpec, JobState, TrainJob
-from config.contracts.wire import ReadArgs
+from config.contracts.wire import ReadArgs, ReadResult
 from config.errors import JobNotFound
 from trainer_node import logs
 from trainer_node.jobdir import Exit, JobDir
@@ -169,3 +169,15 @@ def test_metrics_that_were_cut_back_are_read_from_the_start(queue: Queue, folder
     moved = read_metrics(queue, tmp_path, ReadArgs(job=folder.id, attempt=1, offset=12))
     assert (moved.text, moved.offset, moved.attempt) == ("", 0, 2)
     assert read_metrics(queue, tmp_path, ReadArgs(job=folder.id, attempt=2)).text.count("\n") == 2
+
+
+def test_bytes_that_are_no_text_come_as_they_are(queue: Queue, folder: JobDir, tmp_path: Path) -> None:
+    data = b"fine\n" + b"\xff\xfe\x00 \x1b[31m 50%\r" + "ü\n".encode()
+    append(folder.log_file(1), data)
+    read = read_log(queue, tmp_path, ReadArgs(job=folder.id))
+    assert read.data == data and read.offset == len(data) and "�" in read.text
+    again = ReadResult.model_validate_json(read.model_dump_json())
+    assert again.data == data
+    append(folder.log_file(1), "plain ü\n".encode())
+    more = read_log(queue, tmp_path, ReadArgs(job=folder.id, offset=read.offset))
+    assert more.raw == "" and more.data == "plain ü\n".encode()

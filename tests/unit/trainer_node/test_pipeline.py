@@ -14,8 +14,9 @@ from config.errors import DiskFull, GateFailed, HafsError, ProviderUnavailable
 from trainer_node import pipeline
 from trainer_node.jobdir import JobDir
 from trainer_node.train.checkpoints import seal
+from trainer_node.work import Work
 
-Stages = tuple[tuple[JobState, Callable[[pipeline.Work], bool], Callable[[pipeline.Work], None]], ...]
+Stages = tuple[tuple[JobState, Callable[[Work], bool], Callable[[Work], None]], ...]
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def job_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobDir:
 def stages(*done: bool, ran: list[JobState], failure: Exception | None = None) -> Stages:
     """Stages that note that they ran; the last one fails with `failure`."""
 
-    def stage(state: JobState, last: bool) -> Callable[[pipeline.Work], None]:
-        def work(_: pipeline.Work) -> None:
+    def stage(state: JobState, last: bool) -> Callable[[Work], None]:
+        def work(_: Work) -> None:
             ran.append(state)
             if last and failure is not None:
                 raise failure
@@ -95,7 +96,7 @@ def test_a_full_disk_is_known_whatever_the_library_says_and_takes_no_error_file(
     def full(*_: object) -> None:
         raise DiskFull("no space left")
 
-    def fill(_: pipeline.Work) -> None:
+    def fill(_: Work) -> None:
         usage = shutil.disk_usage(job_dir.path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
         monkeypatch.setattr(pipeline, "write_atomic", full)
@@ -108,7 +109,7 @@ def test_a_full_disk_is_known_whatever_the_library_says_and_takes_no_error_file(
 def test_trained_is_the_adapter_with_its_statistics(job_dir: JobDir) -> None:
     job_dir.adapter.mkdir()
     seal(job_dir.adapter)
-    work = pipeline.Work(job_dir)
+    work = Work(job_dir, 1)
     assert not pipeline.trained(work)
     work.stats_file.write_text("{}")
     assert pipeline.trained(work)

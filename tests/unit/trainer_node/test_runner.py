@@ -1,18 +1,23 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from config.contracts.job import JobSpec, TrainJob
-from config.locks import FileLock
-from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir
+from config.locks import FileLock, holder
+from trainer_node import runner as runner_module
+from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir, RunnerRecord
+from trainer_node.leases import device_lock
 from trainer_node.processes import ProcessId, alive, kill_tree
+from trainer_node.queue import Queue
 from trainer_node.runner import exit_of, log_tail, runner_argv
 
 PIPELINE = [sys.executable, "-P", str(Path(__file__).parents[2] / "fakes" / "pipeline.py")]
@@ -40,7 +45,7 @@ def start(folder: JobDir) -> Iterator[Start]:
     def _start(*steps: str, pipeline: list[str] = PIPELINE) -> "subprocess.Popen[bytes]":
         spec = JobSpec(kind="sft", name="coder", base="x", data=["d"], system=json.dumps({"1": steps}))
         folder.write_job(TrainJob(spec=spec, dataset_id="a" * 64, code_version="0", nonce="0"))
-        children.append(subprocess.Popen(runner_argv(folder, 1, pipeline), stderr=subprocess.PIPE, start_new_session=True))
+        children.append(subprocess.Popen(runner_argv(folder, 1, "cpu", pipeline), stderr=subprocess.PIPE, start_new_session=True))
         return children[-1]
 
     yield _start
@@ -145,3 +150,49 @@ def test_what_may_pass_keeps_its_code_and_its_reason(folder: JobDir) -> None:
     (folder.attempt(1) / "error.json").write_text('{"code": "ProviderUnavailable", "message": "away"}')
     exit_ = exit_of(folder, 1, TRY_AGAIN)
     assert exit_.code == TRY_AGAIN and exit_.error is not None and exit_.error.message == "away"
+
+
+def test_a_runner_says_now_and_then_that_it_lives(folder: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "HEARTBEAT_S", 0.01)
+    record = RunnerRecord(pid=1, create_time=1.0, boot_id="b", attempt=1, heartbeat_at=5.0)
+    with runner_module._heartbeat(folder, record):
+        until(lambda: (seen := folder.runner(1)) is not None and seen.heartbeat_at > 5.0)
+    seen = folder.runner(1)
+    assert seen is not None and seen.model_copy(update={"heartbeat_at": 5.0}) == record
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_nothing(
+    folder: JobDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner_module, "HEARTBEAT_S", 0.01)
+    shutil.rmtree(folder.attempt(1))
+    folder.attempt(1).write_bytes(b"a file is in the way")
+    record = RunnerRecord(pid=1, create_time=1.0, boot_id="b", attempt=1)
+    with runner_module._heartbeat(folder, record):
+        until(lambda: caplog.text.count("no heartbeat") > 1)
+
+
+def test_a_runner_that_comes_too_late_starts_nothing(folder: JobDir) -> None:
+    """Its attempt was given up while it was on its way: the lease of its fence has ended."""
+    with closing(Queue(folder.root)) as queue:
+        spec = JobSpec(kind="sft", name="coder", base="x", data=["d"], system=json.dumps({"1": ["succeed"]}))
+        job = TrainJob(spec=spec, dataset_id="a" * 64, code_version="0", nonce="0")
+        id_ = queue.submit(job, lambda id_, job: JobDir(folder.root / "jobs" / id_).write_job(job))[0].id
+        queue.begin_attempt(id_)
+        queue.interrupt(id_, checkpoint=0, why="its runner did not start", backoff_s=0)
+    late = JobDir(folder.root / "jobs" / id_, fence=1)
+    late.attempt(1).mkdir(parents=True)
+    done = subprocess.run(runner_argv(late, 1, "cpu", PIPELINE), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "LeaseLost" in done.stderr
+    assert late.runner(1) is None and late.exit(1) is None and late.result() is None and not late.log_file(1).exists()
+
+
+def test_the_pipeline_holds_the_device_after_its_runner_was_killed(start: Start, folder: JobDir) -> None:
+    runner = start("await go", "succeed")
+    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    lock = device_lock(folder.root, "cpu")
+    runner.kill()
+    runner.wait()
+    assert holder(lock) == runner.pid, "free only when the last process is gone"
+    (folder.path / "go").touch()
+    until(lambda: holder(lock) is None)

@@ -122,6 +122,10 @@ def test_the_plan_counts_what_peft_trains(base: BaseModel, tuned: Any, tokenizer
     require_room(plan)
     with pytest.raises(JobFailed, match="MB of memory"):
         require_room(plan.model_copy(update={"memory_free_mb": 10}))
+    on_gpu = plan.model_copy(update={"device": DEVICE.model_copy(update={"kind": "cuda"}), "memory_free_mb": 10})
+    require_room(on_gpu)  # it is waited for
+    with pytest.raises(JobFailed, match="the GPU has 20 MB"):
+        require_room(on_gpu.model_copy(update={"memory_total_mb": 20}))
     with pytest.raises(DiskFull):
         require_room(plan.model_copy(update={"disk_free_mb": 0}))
 

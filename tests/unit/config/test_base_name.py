@@ -1,0 +1,57 @@
+import pytest
+from pydantic import ValidationError
+
+from config.contracts.base_name import HubFile, hub_file
+from config.contracts.job import JobSpec
+
+
+@pytest.mark.parametrize(
+    ("base", "meant"),
+    [
+        ("hf:bartowski/SmolLM2-135M-Instruct-GGUF/a.Q8_0.gguf", ("bartowski/SmolLM2-135M-Instruct-GGUF", "", "a.Q8_0.gguf")),
+        ("hf:o/r@v1.0/f.gguf", ("o/r", "v1.0", "f.gguf")),
+        ("hf:o/r@" + "a" * 40 + "/deep/er/f.gguf", ("o/r", "a" * 40, "deep/er/f.gguf")),
+    ],
+)
+def test_a_name_of_the_hub_and_back(base: str, meant: tuple[str, str, str]) -> None:
+    assert hub_file(base) == HubFile(*meant)
+    assert str(hub_file(base)) == base
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "hf:",
+        "hf:o/r",
+        "hf:r.gguf",
+        "hf://o/r/f.gguf",
+        "hf:../../etc/passwd.gguf",
+        "hf:o/r/../f.gguf",
+        "hf:o/r/a..b/f.gguf",
+        "hf:o--p/r/f.gguf",
+        "hf:o/r@refs/pr/1@x/f.gguf",
+        "hf:o/r@/f.gguf",
+        "hf:o/r/f f.gguf",
+        "hf:o/r/f?x=.gguf",
+        "hf:o/r/nul.gguf",
+        "hf:o/con/f.gguf",
+        "hf:o/r/" + "x" * 97 + ".gguf",
+        "hf:o/r/f.gguf\n",
+        "hf:o/r\\f.gguf",
+    ],
+)
+def test_what_is_none_is_refused(base: str) -> None:
+    with pytest.raises(ValueError, match="OWNER/REPO"):
+        hub_file(base)
+
+
+def test_other_files_of_a_repository_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"model\.safetensors is none.*convert_hf_to_gguf"):
+        hub_file("hf:o/r/model.safetensors")
+
+
+def test_a_job_is_refused_where_it_is_written_down() -> None:
+    assert JobSpec(kind="sft", name="m", base="hf:o/r/f.gguf", data=["d"]).base == "hf:o/r/f.gguf"
+    assert JobSpec(kind="sft", name="m", base="/any/path", data=["d"])
+    with pytest.raises(ValidationError, match="only GGUF files"):
+        JobSpec(kind="sft", name="m", base="hf:o/r/model.safetensors", data=["d"])

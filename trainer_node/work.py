@@ -1,0 +1,161 @@
+"""Work: what the stages of a job share, and how they say what they do. Each part is made when it is first needed.
+
+What a stage says is in stage.json, where the daemon finds it, so `hafs train status` shows it and each new text is an event. What
+is waited for is waited for without end; the stop file ends any waiting and any fetching.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenacity import Retrying, retry_if_result, wait_exponential
+
+from config.contracts.base_name import HUB, hub_file
+from config.contracts.job import JobState
+from config.errors import JobCancelled, JobFailed
+from trainer_node import dataset, hub, registry
+from trainer_node.base_model import resolve_gguf
+from trainer_node.jobdir import JobDir, Stage
+from trainer_node.ollama import OllamaApi
+from trainer_node.runtime.launch import ensure_runtime
+from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base, special_tokens
+from trainer_node.train.encode import encode
+
+if TYPE_CHECKING:  # torch is loaded by the stages that need it
+    from trainer_node.train.device import Device
+
+TELL_AFTER_S = 2.0  # a wait that is over by then is none worth telling
+TELL_EVERY_S = 30.0  # from then on: figures change all the time
+FETCHED_EVERY_S = 1.0
+
+log = logging.getLogger("hafs")
+
+
+class Work:
+    """What the stages share; each part is made when it is first needed, so a retry loads only what is left to do."""
+
+    def __init__(self, job_dir: JobDir, attempt: int, *, offline: bool = False) -> None:
+        self.dir, self.root = job_dir, job_dir.root
+        self.attempt, self._offline = attempt, offline
+        self._stage = Stage(state=JobState.PREPARING)
+        self.job = job_dir.job()
+        self.spec = self.job.spec
+        self.stats_file = job_dir.path / "training_stats.json"
+        self.evaluation_file = job_dir.path / "evaluation.json"
+
+    def enter(self, state: JobState, detail: str) -> None:
+        """A stage begins. What `detail` says is what a person reads beside the job's state."""
+        self._stage = Stage(state=state, detail=detail)
+        self.dir.write_stage(self.attempt, self._stage)
+
+    def say(self, detail: str) -> None:
+        """What the stage does now; each new text is an event of the job."""
+        if detail != self._stage.detail:
+            self.enter(self._stage.state, detail)
+
+    def require_going(self) -> None:
+        """Raises JobCancelled where the stop file is there."""
+        if self.dir.stop_file.exists():
+            raise JobCancelled(f"stopped in {self._stage.state}")
+
+    def wait_for(self, look: Callable[[], str]) -> None:
+        """Until `look` returns "": until then it names what is waited for, for however long. Raises JobCancelled."""
+        tell_at = time.monotonic() + TELL_AFTER_S
+
+        def waiting() -> bool:
+            nonlocal tell_at
+            self.require_going()
+            missing = look()
+            if missing and time.monotonic() >= tell_at:
+                tell_at = time.monotonic() + TELL_EVERY_S
+                log.info("waits for %s", missing)
+                self.say(f"waits for {missing}")
+            return bool(missing)
+
+        Retrying(retry=retry_if_result(bool), wait=wait_exponential(multiplier=0.05, max=1.0))(waiting)
+        self.say("")
+
+    @cached_property
+    def base(self) -> BaseModel:
+        named = self.spec.base
+        return read_base(self._from_hub(named) if named.startswith(HUB) else resolve_gguf(named))
+
+    def _from_hub(self, named: str) -> Path:
+        """The base as this job knows it since its first attempt, fetched unless it is here."""
+        told_at = 0.0
+
+        def told(done: int, total: int) -> None:
+            nonlocal told_at
+            self.require_going()
+            if time.monotonic() - told_at >= FETCHED_EVERY_S:
+                told_at = time.monotonic()
+                self.say(f"fetching {file.file}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        pinned = self.dir.base()
+        file = hub_file(pinned) if pinned else hub.pin(hub_file(named), offline=self._offline)
+        if not pinned:
+            self.dir.write_base(str(file))
+        found = hub.cached(file)
+        if found is None:
+            log.info("fetching %s", file)
+            found = hub.fetch(file, told, self.wait_for, offline=self._offline)
+            self.say("")
+        log.info("base: %s", file)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def special(self) -> list[str]:
+        return special_tokens(self.tokenizer)
+
+    @cached_property
+    def data(self) -> dataset.Prepared:
+        manifest = dataset.read_manifest(self.root, self.job.dataset_id)
+        wanted = "pairs" if self.spec.kind == "dpo" else "samples"
+        if manifest.kind != wanted:
+            raise JobFailed(
+                f"a {self.spec.kind} job trains on {wanted}, {manifest.name} holds {manifest.kind}", hint="name other data"
+            )
+        rows = dataset.read_rows(self.root, manifest)
+        return dataset.prepare(rows, self.spec, self.special, lambda row: encode(self.tokenizer, row))
+
+    @cached_property
+    def start(self) -> registry.ModelRecord | None:
+        """The model a dpo job goes on from. Raises JobFailed if it was trained on another base."""
+        if not self.spec.start:
+            return None
+        record = registry.resolve(self.root, self.spec.start)
+        if record.base_sha256 != self.base.sha256:
+            raise JobFailed(
+                f"{record.tag} was trained on {record.base}, which is not the file that base = {self.spec.base!r} is now",
+                hint="use the base of the model that the job starts from",
+            )
+        return record
+
+    @cached_property
+    def device(self) -> "Device":
+        from trainer_node.train.device import probe
+
+        longest = max(row.longest for row in self.data.train)
+        return probe(self.spec.train.batch * longest, self.base.hidden, self.base.feed_forward, self.spec.train.dtype)
+
+    def connect(self) -> OllamaApi:
+        """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends."""
+        runtime = ensure_runtime(self.root)
+        log.info("runtime: %s (%s %s)", runtime.url, "embedded" if runtime.embedded else "Ollama", runtime.version)
+        return OllamaApi(runtime.url)
+
+    def model(self) -> Any:
+        """A fresh copy of the base's weights, ready for an adapter."""
+        longest = max(row.longest for row in self.data.train + self.data.held_out)
+        return load_model(self.base, self.device.dtype, self.device.kind, longest)
+
+    def start_adapter(self) -> Path:
+        assert self.start is not None
+        return self.root / self.start.folder / "adapter"
