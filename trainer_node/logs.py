@@ -13,6 +13,7 @@ from config.contracts.job import JobView
 from config.contracts.wire import ReadArgs, ReadResult
 from config.errors import JobNotFound
 from trainer_node.jobdir import JobDir
+from trainer_node.news import await_news
 from trainer_node.queue import Queue
 
 CHUNK_BYTES = 2**18
@@ -33,27 +34,14 @@ def read_metrics(queue: Queue, root: Path, args: ReadArgs) -> ReadResult:
 
 
 def _await_news(queue: Queue, args: ReadArgs, look: Callable[[JobView], ReadResult]) -> ReadResult:
-    from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_exponential
-
     id_ = queue.resolve(args.job).id
 
-    def nothing_new(seen: ReadResult) -> bool:
+    def is_news(seen: ReadResult) -> bool:
         moved = seen.offset != args.offset or 0 < args.attempt < seen.attempt
-        return not seen.text and not moved and not seen.job.state.ended
+        return bool(seen.text) or moved or seen.job.state.ended
 
-    def last(state: RetryCallState) -> ReadResult:
-        assert state.outcome is not None
-        seen: ReadResult = state.outcome.result()
-        return seen
-
-    patience = Retrying(
-        retry=retry_if_result(nothing_new),
-        stop=stop_after_delay(args.wait_s),
-        wait=wait_exponential(multiplier=0.02, max=0.2),
-        retry_error_callback=last,
-    )
     # The state is read before the file: if it says that the job has ended, then the file is whole.
-    return patience(lambda: look(queue.get(id_)))
+    return await_news(lambda: look(queue.get(id_)), is_news, args.wait_s)
 
 
 def _log_now(job: JobView, folder: JobDir, args: ReadArgs) -> ReadResult:

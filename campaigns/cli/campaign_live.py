@@ -5,10 +5,10 @@ from pathlib import Path
 
 import anyio
 import typer
-from rich.live import Live
 
 from campaigns import detach, live
 from campaigns.cli import render, render_campaign
+from campaigns.cli.screen import Screen
 from campaigns.live import LiveState
 from campaigns.picture import Picture, as_told, look_at
 from campaigns.run import run_campaign
@@ -103,33 +103,16 @@ def _draining() -> None:
     render.line("finishing what runs; Ctrl-C again stops at once")
 
 
-class _Screen:
+class _Screen(Screen):
     """Where pictures of a campaign go, as they come."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._next = time.monotonic() + LINE_EVERY_S
-        self._width = render.console.width
-        self._live = Live(console=render.console, auto_refresh=False, transient=True) if render.console.is_terminal else None
-
-    def __enter__(self) -> "_Screen":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
 
     def show(self, seen: Picture) -> None:
-        if self._live:
-            self._heed_resize()
-            self._live.update(render_campaign.campaign_view(seen), refresh=True)
+        if self.live:
+            self.draw(render_campaign.campaign_view(seen))
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + LINE_EVERY_S
             render.line(render_campaign.progress_line(seen))
-
-    def _heed_resize(self) -> None:
-        """A terminal folds what is on it when it becomes narrower: what was drawn would be left behind in part."""
-        if render.console.width != self._width:
-            self._width = render.console.width
-            render.console.clear()

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import anyio
-from rich.live import Live
 
 from campaigns.cli import render, render_train
+from campaigns.cli.screen import Screen
 from campaigns.locate import JobAt
 from campaigns.notify import job_notify, notice_of_job, notify
 from campaigns.sync.jobs import Ended, LogText, MetricsRead, MetricsReader, Patient, StateChanged, Unknown, follow
@@ -110,27 +110,17 @@ def _going_on(node_name: str, *words: str) -> Iterator[None]:
         raise
 
 
-class _Screen:
+class _Screen(Screen):
     """Where the pictures of a job go, as they come."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._next = 0.0
         self._told: tuple[object, ...] = ()
-        self._live = Live(console=render.console, auto_refresh=False, transient=True) if render.console.is_terminal else None
-
-    def __enter__(self) -> "_Screen":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
 
     def show(self, seen: JobPicture) -> None:
-        if self._live:
-            self._live.update(render_train.job_screen(seen, time.time()), refresh=True)
-            return
+        if self.live:
+            return self.draw(render_train.job_screen(seen, time.time()))
         state = (seen.job.state, seen.unknown is None)
         if state != self._told or time.monotonic() >= self._next:
             self._told, self._next = state, time.monotonic() + LINE_EVERY_S

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.bench.mock import Mock
 
 HEAD = 'name = "bench"\ntarget = {target}\ndomains = {{ echo = 1.0 }}\n'
-RUN = "from tests.fakes import echo_domain; echo_domain.register(); from campaigns.cli.main import main; main()"
+HAFS = [sys.executable, "-m", "tests.fakes.echo_domain"]
 
 
 @dataclass
@@ -44,10 +44,9 @@ class Figures:
 def campaign(target: int, lanes: str, home: str) -> subprocess.Popen[str]:
     spec = Path(home) / "bench.toml"
     spec.write_text(HEAD.format(target=target) + lanes)
+    command = [*HAFS, "campaign", "start", str(spec)]
     environment = {**os.environ, "HAFS_HOME": home, "GEMINI_API_KEY": "none"}
-    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); {RUN}"]
-    words = ["campaign", "start", str(spec)]
-    return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(child: subprocess.Popen[str]) -> None:

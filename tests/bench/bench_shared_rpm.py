@@ -31,14 +31,14 @@ model = "m"
 base_url = "{url}"
 rpm = {rpm}
 """
-RUN = "from tests.fakes import echo_domain; echo_domain.register(); from campaigns.cli.main import main; main()"
+HAFS = [sys.executable, "-m", "tests.fakes.echo_domain"]
 
 
 def start(home: Path, name: str, target: int, url: str, rpm: int) -> subprocess.Popen[bytes]:
     spec = home / f"{name}.toml"
     spec.write_text(SPEC.format(name=name, target=target, url=url, rpm=rpm))
-    environment = {**os.environ, "HAFS_HOME": str(home), "GEMINI_API_KEY": "one-key-for-all", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-P", "-c", RUN, "campaign", "start", str(spec)]
+    environment = {**os.environ, "HAFS_HOME": str(home), "GEMINI_API_KEY": "one-key-for-all"}
+    command = [*HAFS, "campaign", "start", str(spec)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 

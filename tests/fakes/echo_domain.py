@@ -1,8 +1,12 @@
-"""A domain without end: it asks what a bare loop asks and accepts every answer. It shows what the engine itself costs."""
+"""A domain without end: it asks what a bare loop asks and accepts every answer. It shows what the engine itself costs.
+
+python -m tests.fakes.echo_domain campaign start SPEC …       (hafs that knows it too)
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from campaigns.cli.main import main
 from campaigns.domains import registry
 from campaigns.domains.base import Change, SourceItem, Verdict
 from config.contracts.sample import Message
@@ -43,3 +47,8 @@ class EchoDomain:
 
 def register() -> None:
     registry._DOMAINS[EchoDomain.name] = EchoDomain
+
+
+if __name__ == "__main__":
+    register()
+    main()

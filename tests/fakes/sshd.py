@@ -9,9 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -135,97 +133,3 @@ def write_ssh(folder: Path, config: str) -> str:
     (folder / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
     (folder / "ssh").chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
-class Relay:
-    """Passes connections on to `target`, the first one with a fault.
-
-    It ends after `cut_after` bytes towards the target or `cut_back_after` bytes from it, or goes silent after `stall_after`.
-    """
-
-    def __init__(self, target: int, *, cut_after: int = 0, cut_back_after: int = 0, stall_after: int = 0) -> None:
-        self._target = target
-        self._cut_after, self._cut_back_after, self._stall_after = cut_after, cut_back_after, stall_after
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.connections = 0
-        self.passed = 0  # bytes towards the target, over all connections
-        self._stalled = threading.Event()
-        self._open: list[socket.socket] = []
-        self._silenced: set[socket.socket] = set()
-        self._ending: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self) -> Self:
-        self._start(self._accept)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._open:
-            _end(sock)
-        for thread in self._threads:
-            thread.join(10)
-        for sock in self._open:
-            sock.close()
-
-    def cut(self) -> None:
-        """End every connection that is open now."""
-        for sock in list(self._open):
-            _end(sock)
-
-    def cut_at_answer(self) -> None:
-        """End the connections that are open now as soon as something comes back over them; it gets lost."""
-        self._ending.update(sock for sock in self._open if sock.getpeername()[1] == self._target)
-
-    def stall(self) -> None:
-        """Nothing passes any more over the connections that are open now, and none is closed."""
-        self._silenced.update(self._open)
-
-    def _start(self, run: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=run, args=args)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:  # closed: the test is over
-                return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._open += [near, far]
-            self.connections += 1
-            faulty = self.connections == 1
-            self._start(self._pump, near, far, self._cut_after if faulty else 0, self._stall_after if faulty else 0)
-            self._start(self._pump, far, near, self._cut_back_after if faulty else 0, 0)
-
-    def _pump(self, source: socket.socket, target: socket.socket, cut_after: int, stall_after: int) -> None:
-        passed = 0
-        try:
-            while data := source.recv(65536):
-                passed += len(data)
-                if target.getpeername()[1] == self._target:
-                    self.passed += len(data)
-                if stall_after and passed >= stall_after:
-                    self._stalled.set()
-                    return  # neither end is closed
-                if source in self._silenced:
-                    return
-                if source in self._ending or (cut_after and passed >= cut_after):
-                    break
-                target.sendall(data)
-        except OSError:  # the other direction has ended it
-            return
-        finally:
-            if not self._stalled.is_set() and source not in self._silenced:
-                _end(source)
-                _end(target)
-
-
-def _end(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:  # already ended
-        return

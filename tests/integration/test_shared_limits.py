@@ -24,7 +24,7 @@ from tests.fakes.waiting import wait_for
 pytestmark = pytest.mark.integration
 
 WINDOW_S = 61.5
-RUN = "from tests.fakes import echo_domain; echo_domain.register(); from campaigns.cli.main import main; main()"
+HAFS = [sys.executable, "-m", "tests.fakes.echo_domain"]
 SPEC = """
 name = "{name}"
 target = {target}
@@ -52,8 +52,8 @@ class Shared:
     @contextmanager
     def campaign(self, name: str, target: int = 10_000) -> "Iterator[subprocess.Popen[str]]":
         """A campaign as long as the block lasts."""
-        environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "GEMINI_API_KEY": "one-key-for-all"}
-        command = [sys.executable, "-P", "-c", RUN, "campaign", "start", str(self.spec(name, target))]
+        environment = {**os.environ, "GEMINI_API_KEY": "one-key-for-all"}
+        command = [*HAFS, "campaign", "start", str(self.spec(name, target))]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         try:
             yield child

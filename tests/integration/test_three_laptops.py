@@ -16,8 +16,9 @@ from config.locks import FileLock
 from config.settings import Settings
 from tests.fakes.fake_processes import FakeProcesses
 from tests.fakes.node_dataset import put_dataset
+from tests.fakes.relay import Relay
 from tests.fakes.ssh_node import add_node
-from tests.fakes.sshd import PrivateSshd, Relay
+from tests.fakes.sshd import PrivateSshd
 from trainer_node.daemon import Daemon, lock_file
 from trainer_node.queue import Queue
 

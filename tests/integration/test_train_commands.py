@@ -21,8 +21,9 @@ from config.contracts.sample import Provenance, Sample
 from config.errors import JobNotFound
 from config.settings import Settings
 from tests.fakes.leftovers import end_nodes
+from tests.fakes.relay import Relay
 from tests.fakes.ssh_node import add_node
-from tests.fakes.sshd import PrivateSshd, Relay
+from tests.fakes.sshd import PrivateSshd
 from tests.fakes.waiting import wait_for
 from tests.integration.test_loop import finished, hafs
 from trainer_node.jobdir import JobDir

@@ -14,8 +14,9 @@ from campaigns.sync import remote, tunnel
 from config.errors import NodeUnreachable
 from config.settings import Settings
 from tests.bench.mock import Mock
+from tests.fakes.relay import Relay
 from tests.fakes.ssh_node import add_node
-from tests.fakes.sshd import PrivateSshd, Relay
+from tests.fakes.sshd import PrivateSshd
 from tests.fakes.waiting import wait_for
 from tests.integration.test_loop import finished, hafs
 
