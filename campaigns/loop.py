@@ -19,14 +19,15 @@ from campaigns.datasets import sealing_named
 from campaigns.domains.registry import domain
 from campaigns.evaluation.compare import compare
 from campaigns.evaluation.report import Evaluation, markdown
-from campaigns.serving import Server, model_server
+from campaigns.serving import Server, server_of
 from campaigns.spec import CampaignSpec, LoopSpec, beside, load_campaign
 from campaigns.status import CampaignEnd, CampaignStatus
 from campaigns.store import CampaignFiles
 from campaigns.sync.push import PushResult, push
-from campaigns.sync.remote import connecting
+from campaigns.sync.remote import connect, connecting
 from campaigns.training import attach_or_submit, complete, require_success
 from config.contracts.job import JobSpec, JobState, JobView
+from config.contracts.wire import MODELS, Nothing
 from config.errors import BudgetExceeded, ConfigError, HafsError
 from config.files import write_atomic
 from config.settings import LOCAL, Settings
@@ -168,5 +169,7 @@ def _evaluate(settings: Settings, loop: Loop, job: JobView, screen: Screen) -> l
         finally:
             await provider.aclose()
 
-    with model_server(settings, loop.spec.node, gguf=loop.job.base) as server:
-        return anyio.run(run, server)
+    with connect(settings, loop.spec.node) as node:
+        trained_on = next((made.base for made in node.call(MODELS, Nothing()).models if made.tag == result.model), loop.job.base)
+        with server_of(node, gguf=trained_on) as server:
+            return anyio.run(run, server)

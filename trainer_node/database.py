@@ -6,7 +6,7 @@ A reader never waits for a writer (WAL); writers wait for each other for up to t
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from config.errors import DiskFull, StoreCorrupt, StoreError
@@ -54,13 +54,21 @@ CREATE INDEX events_job ON events(job);
 )
 
 
+def is_older(path: Path) -> bool:
+    """Whether opening the file would bring it up to date, after which the hafs that wrote it could not use it any more."""
+    if not path.exists():
+        return False
+    with _translated(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=10)) as connection:
+        return _version(connection) < len(VERSIONS)
+
+
 class Database:
     """One connection, for one thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._translated():
+        with _translated(self.path):
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None)
             self._connection.row_factory = sqlite3.Row
             try:
@@ -75,7 +83,7 @@ class Database:
 
     def rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
         """What a query finds. Raises StoreError, StoreCorrupt."""
-        with self._translated():
+        with _translated(self.path):
             return self._connection.execute(sql, values).fetchall()
 
     def row(self, sql: str, *values: object) -> sqlite3.Row | None:
@@ -84,13 +92,13 @@ class Database:
 
     def write(self, sql: str, *values: object) -> int:
         """Change something; the number of the row that an INSERT made, else 0. Raises DiskFull, StoreError, StoreCorrupt."""
-        with self._translated():
+        with _translated(self.path):
             return self._connection.execute(sql, values).lastrowid or 0
 
     @contextmanager
     def transaction(self, name: str) -> Iterator[None]:
         """All or nothing, and alone; `name` is that of its fault points. Raises as `write` does."""
-        with self._translated():
+        with _translated(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -102,10 +110,10 @@ class Database:
 
     def _prepare(self) -> None:
         """Make the tables, once. The switch to WAL ignores the busy timeout, so a lock of ours keeps the first openers apart."""
-        if self._version() == len(VERSIONS):
+        if _version(self._connection) == len(VERSIONS):
             return
         with alone(self.path.with_suffix(".lock")):
-            version = self._version()
+            version = _version(self._connection)
             if version > len(VERSIONS):
                 raise StoreError(f"{self.path} was written by a newer hafs", hint="upgrade hafs on this node")
             if version == 0:
@@ -114,18 +122,20 @@ class Database:
                 with around("commit.tables"):
                     self._connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;")
 
-    def _version(self) -> int:
-        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", None)
-            if code == sqlite3.SQLITE_FULL:
-                raise DiskFull(f"no space left for {self.path}", hint="free some space on the node and try again") from error
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                hint = "move it away (jobs/ and models/ stay) and submit again"
-                raise StoreCorrupt(f"{self.path} is damaged: {error}", hint=hint) from error
-            raise StoreError(f"{self.path}: {error}", hint="check that the folder is yours and on a local disk") from error
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_FULL:
+            raise DiskFull(f"no space left for {path}", hint="free some space on the node and try again") from error
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            hint = "move it away (jobs/ and models/ stay) and submit again"
+            raise StoreCorrupt(f"{path} is damaged: {error}", hint=hint) from error
+        raise StoreError(f"{path}: {error}", hint="check that the folder is yours and on a local disk") from error

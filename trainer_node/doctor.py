@@ -122,10 +122,13 @@ def _root_writable(root: Path) -> Check:
 
 
 def _queue(root: Path) -> tuple[Check, str]:
-    """Whether the jobs can be read, and the one that runs now."""
+    """Whether the jobs can be read, and the one that runs now. An older hafs that is still in use keeps its file as it is."""
+    from trainer_node.database import is_older
     from trainer_node.gpu import training
 
     try:
+        if is_older(root / "state.sqlite"):
+            return Check("queue", True, "of an older hafs; the first use of this one brings it up to date"), "perhaps a job"
         busy = ", ".join(each.job for each in training(root))
     except HafsError as error:
         return Check("queue", False, str(error), error.hint), ""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from config.locks import holder
+from tests.fakes.hub import Hub
 from tests.fakes.leftovers import end_nodes
 from tests.fakes.served import served
 from tests.fakes.tiny_model import write_tiny_model
@@ -185,3 +187,20 @@ def test_ctrl_c_while_training_leaves_the_job_and_the_next_run_comes_back_to_it(
     again = finished(hafs("run", str(loop)))
     assert "attached: job sft-" in again or "reused: job sft-" in again
     assert "registered hafs-tiny:v1" in finished(hafs("train", "status", "hafs-tiny"))
+
+
+def test_the_base_of_the_evaluation_is_the_one_that_was_trained(home: Path, loop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the hub without a commit means another file once another program has looked there again."""
+    base = (loop.parent / "tiny.gguf").read_bytes()
+    spec = loop.parent / "sft.toml"
+    spec.write_text(SFT.replace("BASE", "hf:owner/tiny-GGUF/tiny.gguf"))
+    cache = loop.parent / "cache"
+    with Hub({"owner/tiny-GGUF": {"tiny.gguf": base}}) as hub:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        report = finished(hafs("run", str(loop))).split("base against tuned")[1].split("seconds")[0]
+    (cache / "models--owner--tiny-GGUF" / "refs" / "main").write_text("2e" * 20)
+    shutil.rmtree(home / "loops" / "tiny" / "answers")
+    again = finished(hafs("run", str(loop)))
+    assert "reused: job sft-" in again
+    assert again.split("base against tuned")[1].split("seconds")[0] == report

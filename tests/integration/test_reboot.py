@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from config.contracts.sample import Message, Provenance, Sample
 from tests.fakes.leftovers import end_nodes
 from tests.fakes.node_dataset import put_dataset
 from tests.fakes.tiny_model import write_tiny_model
+from tests.fakes.waiting import wait_for
 from trainer_node.jobdir import JobDir
 from trainer_node.queue import Queue
 from trainer_node.train.checkpoints import newest_complete, step_of
@@ -32,13 +32,6 @@ def root(tmp_path: Path) -> Iterator[Path]:
     write_tiny_model(path / "tiny.gguf")
     yield path
     end_nodes(tmp_path)
-
-
-def until(condition: Callable[[], object], what: str, deadline_s: float = 150) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"not in time: {what}"
-        time.sleep(0.02)
 
 
 def rows() -> bytes:
@@ -85,7 +78,7 @@ def test_a_reboot_goes_on_from_the_last_whole_checkpoint(root: Path) -> None:
         id_ = queue.submit(a_job(root), lambda id_, job: JobDir(root / "jobs" / id_).write_job(job))[0].id
         folder = JobDir(root / "jobs" / id_)
         daemon = boot(root, "first")
-        until(lambda: step_of(newest_complete(folder.checkpoints)) >= SAVE_STEPS, "a whole checkpoint")
+        wait_for("whole checkpoint", lambda: step_of(newest_complete(folder.checkpoints)) >= SAVE_STEPS, 150)
         cut_the_power(daemon, folder)
         whole = step_of(newest_complete(folder.checkpoints))
         half = folder.checkpoints / "checkpoint-900"
@@ -93,7 +86,7 @@ def test_a_reboot_goes_on_from_the_last_whole_checkpoint(root: Path) -> None:
         (half / "adapter_model.safetensors").write_bytes(b"half of it")
 
         daemon = boot(root, "second")
-        until(lambda: queue.get(id_).state not in BEFORE, "it is trained")
+        wait_for("training", lambda: queue.get(id_).state not in BEFORE, 150)
         assert queue.get(id_).state is not JobState.FAILED and queue.get(id_).attempt == 2, queue.get(id_)
         assert [e.detail for e in queue.events(id_) if e.state is JobState.INTERRUPTED] == ["its runner was cut off"]
     daemon.terminate()

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import httpx
 import psutil
 import pytest
 import zstandard
-from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from config.contracts.base import Tolerant
 from config.contracts.job import JobError, JobResult, JobSpec, JobState, Metrics, TrainJob, TrainOptions
@@ -22,6 +21,7 @@ from config.contracts.manifest import DataKind, DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Provenance, Sample
 from tests.fakes.hub import COMMIT, Hub
 from tests.fakes.tiny_model import smollm2_gguf, write_tiny_model
+from tests.fakes.waiting import wait_for
 from trainer_node.jobdir import STOPPED, JobDir
 from trainer_node.ollama import OllamaApi
 from trainer_node.registry import resolve, versions
@@ -132,10 +132,6 @@ def finish(job_dir: JobDir, attempt: int, code: int = 0) -> str:
     return log
 
 
-def until(condition: Callable[[], bool], deadline_s: float = 120) -> None:
-    retry(retry=retry_if_result(lambda met: not met), wait=wait_fixed(0.02), stop=stop_after_delay(deadline_s))(condition)()
-
-
 def metrics(job_dir: JobDir) -> list[Metrics]:
     return [Metrics.model_validate_json(line) for line in job_dir.metrics_file.read_bytes().splitlines()]
 
@@ -208,7 +204,7 @@ def test_a_killed_run_goes_on_and_takes_the_same_steps(root: Path, samples: str,
     """kill -9 after a checkpoint, half a checkpoint on top of it: the losses are those of the run that was left alone."""
     job_dir = submit(root, "killed", samples, "hafs-killed")
     child = begin(job_dir, 1)
-    until(lambda: (job_dir.checkpoints / "checkpoint-10" / "COMPLETE.json").exists())
+    wait_for("whole checkpoint", lambda: (job_dir.checkpoints / "checkpoint-10" / "COMPLETE.json").exists())
     child.send_signal(signal.SIGKILL)
     child.wait(20)
     assert not job_dir.adapter.exists()
@@ -224,7 +220,7 @@ def test_a_killed_run_goes_on_and_takes_the_same_steps(root: Path, samples: str,
 def test_the_stop_file_ends_the_run_and_keeps_the_step(root: Path, samples: str) -> None:
     job_dir = submit(root, "stopped", samples, "hafs-stopped", save_steps=1000)
     child = begin(job_dir, 1)
-    until(lambda: job_dir.metrics_file.exists() and job_dir.metrics_file.stat().st_size > 0)
+    wait_for("metrics", lambda: job_dir.metrics_file.exists() and job_dir.metrics_file.stat().st_size > 0)
     job_dir.stop_file.touch()
     assert child.wait(60) == STOPPED
     step = metrics(job_dir)[-1].step
@@ -290,7 +286,10 @@ def test_a_base_of_the_hub_is_fetched_on_after_a_kill_and_trained_once_the_model
             monkeypatch.setenv(name, value)
         hub.hold_after = len(data) // 2
         child = begin(job_dir, 1)
-        until(lambda: any(part.stat().st_size > len(data) // 3 for part in tmp_path.glob("cache/*/blobs/*.part")))
+        wait_for(
+            "a third of the file",
+            lambda: any(part.stat().st_size > len(data) // 3 for part in tmp_path.glob("cache/*/blobs/*.part")),
+        )
         child.send_signal(signal.SIGKILL)
         child.wait(20)
         (part,) = tmp_path.glob("cache/*/blobs/*.part")
@@ -298,10 +297,10 @@ def test_a_base_of_the_hub_is_fetched_on_after_a_kill_and_trained_once_the_model
         api.create("busy", files={"base.gguf": smollm2_gguf()})
         hub.hold_after = (len(data) - came) // 2
         child = begin(job_dir, 2)
-        until(lambda: part.stat().st_size > came)
+        wait_for("more of the file", lambda: part.stat().st_size > came)
         with in_use(api, "busy"):
             hub.go_on.set()
-            until(lambda: "which still holds busy:latest" in detail(job_dir, 2))
+            wait_for("news of who holds it", lambda: "which still holds busy:latest" in detail(job_dir, 2))
             assert child.poll() is None and not job_dir.checkpoints.exists()
         assert child.wait(200) == 0, job_dir.log_file(2).read_text()
         assert [asked.range for asked in hub.bodies()] == ["", f"bytes={came}-"]

@@ -1,10 +1,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from config.locks import FileLock
 from trainer_node import doctor
 from trainer_node.daemon import daemon_pid, lock_file
+from trainer_node.database import VERSIONS
 from trainer_node.service import install
 from trainer_node.service.base import ServiceStatus
 
@@ -105,6 +108,16 @@ def test_doctor_says_all_it_can_of_a_broken_node(tmp_path: Path, broken: str, mo
     red = {check.name: check for check in checks if not check.ok}
     assert set(red) & {"root", "queue"} == {"root" if broken == "root is a file" else "queue"}
     assert all(check.hint for check in red.values()), "each says what to do"
+
+
+def test_the_doctor_of_an_upgrade_leaves_the_queue_of_the_hafs_in_use_alone(tmp_path: Path) -> None:
+    """It is asked before the node changes to the new hafs, and may find a reason not to."""
+    with closing(sqlite3.connect(tmp_path / "state.sqlite")) as older:
+        older.executescript(f"{VERSIONS[0]} PRAGMA user_version=1;")
+    (check,) = (check for check in doctor.examine(tmp_path) if check.name == "queue")
+    assert check.ok and "older hafs" in check.detail
+    with closing(sqlite3.connect(tmp_path / "state.sqlite")) as older:
+        assert older.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 def test_what_the_doctor_may_find_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

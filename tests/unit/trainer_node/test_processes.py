@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import StoreError
+from tests.fakes.waiting import wait_for
 from trainer_node.processes import (
     ProcessId,
     alive,
@@ -28,13 +28,6 @@ child = subprocess.Popen([sys.executable, "-c", "import signal\\nwhile True: sig
 print(child.pid, flush=True)
 signal.pause()
 """
-
-
-def until(condition: Callable[[], object], deadline_s: float = 10) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def test_a_zombie_is_not_alive() -> None:
     process = identify(child.pid)
     assert process is not None and alive(process)
     child.kill()
-    until(lambda: not alive(process))
+    wait_for("end of the process", lambda: not alive(process))
     assert identify(child.pid) is None, "not reaped yet, but dead"
     child.communicate()
 

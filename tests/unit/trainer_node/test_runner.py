@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from config.contracts.job import JobSpec, TrainJob
 from config.locks import FileLock, holder
+from tests.fakes.waiting import wait_for
 from trainer_node import runner as runner_module
 from trainer_node.jobdir import TRY_AGAIN, Exit, JobDir, RunnerRecord
 from trainer_node.leases import device_lock
@@ -22,13 +22,6 @@ from trainer_node.runner import exit_of, log_tail, runner_argv
 
 PIPELINE = [sys.executable, "-P", str(Path(__file__).parents[2] / "fakes" / "pipeline.py")]
 Start = Callable[..., "subprocess.Popen[bytes]"]
-
-
-def until(condition: Callable[[], object], deadline_s: float = 20) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def test_a_success(start: Start, folder: JobDir) -> None:
 
 def test_who_runs_it_is_said_while_it_runs(start: Start, folder: JobDir) -> None:
     runner = start("await go", "succeed")
-    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
     record = folder.runner(1)
     assert record is not None and record.pid == runner.pid and record.attempt == 1
     assert alive(ProcessId(record.pid, record.create_time, record.boot_id))
@@ -99,7 +92,7 @@ def test_success_without_a_result_is_none(start: Start, folder: JobDir) -> None:
 
 def test_the_stop_file_is_honoured(start: Start, folder: JobDir) -> None:
     runner = start("hang")
-    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
     folder.stop_file.touch()
     assert runner.wait(20) == 0
     assert folder.exit(1) == Exit(code=75, stopped=True)
@@ -111,7 +104,7 @@ def test_a_killed_pipeline_is_no_error_so_it_can_go_on(start: Start, folder: Job
 
 def test_a_termination_is_forwarded(start: Start, folder: JobDir) -> None:
     runner = start("await never")
-    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
     runner.send_signal(signal.SIGTERM)
     assert runner.wait(20) == 0
     assert folder.exit(1) == Exit(code=-15)
@@ -156,7 +149,7 @@ def test_a_runner_says_now_and_then_that_it_lives(folder: JobDir, monkeypatch: p
     monkeypatch.setattr(runner_module, "HEARTBEAT_S", 0.01)
     record = RunnerRecord(pid=1, create_time=1.0, boot_id="b", attempt=1, heartbeat_at=5.0)
     with runner_module._heartbeat(folder, record):
-        until(lambda: (seen := folder.runner(1)) is not None and seen.heartbeat_at > 5.0)
+        wait_for("heartbeat", lambda: (seen := folder.runner(1)) is not None and seen.heartbeat_at > 5.0)
     seen = folder.runner(1)
     assert seen is not None and seen.model_copy(update={"heartbeat_at": 5.0}) == record
 
@@ -169,7 +162,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(
     folder.attempt(1).write_bytes(b"a file is in the way")
     record = RunnerRecord(pid=1, create_time=1.0, boot_id="b", attempt=1)
     with runner_module._heartbeat(folder, record):
-        until(lambda: caplog.text.count("no heartbeat") > 1)
+        wait_for("second warning", lambda: caplog.text.count("no heartbeat") > 1)
 
 
 def test_a_runner_that_comes_too_late_starts_nothing(folder: JobDir) -> None:
@@ -189,10 +182,10 @@ def test_a_runner_that_comes_too_late_starts_nothing(folder: JobDir) -> None:
 
 def test_the_pipeline_holds_the_device_after_its_runner_was_killed(start: Start, folder: JobDir) -> None:
     runner = start("await go", "succeed")
-    until(lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
     lock = device_lock(folder.root, "cpu")
     runner.kill()
     runner.wait()
     assert holder(lock) == runner.pid, "free only when the last process is gone"
     (folder.path / "go").touch()
-    until(lambda: holder(lock) is None)
+    wait_for("free lock", lambda: holder(lock) is None)
