@@ -10,8 +10,9 @@ INSTALL = $(PIP) install --quiet -c constraints.txt
 demo: $(VENV)/.run
 	HAFS_HOME=.demo $(VENV)/bin/hafs run config/presets/$(if $(GEMINI),demo-gemini,demo).toml
 
+# One process more than cores: most tests wait for other processes, and one trains a model.
 test: system $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n $$($(VENV)/bin/python -c 'import os; print(os.cpu_count() + 1)') --dist loadfile --no-loadscope-reorder
 
 # The fault tests at full length; `make test` runs a tenth of them.
 soak: system $(VENV)/.dev
