@@ -97,7 +97,8 @@ def trust_way(settings: Settings, name: str, approve: Callable[[HostKey], bool])
         if not approve(key):
             raise HostKeyRefused(
                 f"{key.host} shows {key.type} {key.fingerprint}, which you did not approve",
-                hint="compare it with what `ssh-keygen -lf` prints of the key in /etc/ssh on that machine; nothing was pinned",
+                hint="compare it with what `ssh-keygen -lf` prints of the key in /etc/ssh on that machine; nothing was pinned. "
+                f"In a script: --yes-fingerprint {key.fingerprint}",
             )
         trust(settings, name, key)
         pinned.append(key)

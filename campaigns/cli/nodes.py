@@ -148,4 +148,8 @@ def _show(key: "HostKey") -> bool:
 
 
 def _ask(key: "HostKey") -> bool:
-    return _show(key) and typer.confirm("Is this the key that `ssh-keygen -lf` prints of /etc/ssh on that machine?")
+    try:
+        return _show(key) and typer.confirm("Is this the key that `ssh-keygen -lf` prints of /etc/ssh on that machine?")
+    except typer.Abort:  # nobody is there to ask
+        typer.echo()
+        return False

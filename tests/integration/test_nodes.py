@@ -1,5 +1,6 @@
 """`hafs nodes` against a real sshd, and what a node refuses and shows to the network."""
 
+import io
 import json
 import re
 import subprocess
@@ -69,12 +70,18 @@ def key_of(sshd: PrivateSshd, port: int = 0) -> HostKey:
     return HostKey(f"[127.0.0.1]:{port or sshd.port}", kind, base64)
 
 
-def test_a_node_is_added_listed_and_removed(sshd: PrivateSshd, hafs: Hafs, home: Path, tmp_path: Path) -> None:
+def test_a_node_is_added_listed_and_removed(
+    sshd: PrivateSshd, hafs: Hafs, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrong = hafs("add", "box", "127.0.0.1", *options(sshd, tmp_path / "n"), "--yes-fingerprint", "SHA256:x", code=32)
     assert key_of(sshd).fingerprint in wrong and "did not approve" in wrong
     assert "box" not in Settings(home=home).nodes() and not (home / "known_hosts").exists()
 
     words = ["add", "box", "127.0.0.1", *options(sshd, tmp_path / "n")]
+    with monkeypatch.context() as nobody:
+        nobody.setattr(sys, "stdin", io.StringIO())
+        unasked = hafs(*words, code=32)
+    assert f"--yes-fingerprint {key_of(sshd).fingerprint}" in unasked and not (home / "known_hosts").exists()
     added = hafs(*words, "--yes-fingerprint", key_of(sshd).fingerprint)
     assert "nodes setup box" in added
     assert 'has a node "box"' in hafs(*words, "--yes-fingerprint", key_of(sshd).fingerprint, code=3)
