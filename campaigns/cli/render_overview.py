@@ -45,16 +45,22 @@ def _campaigns(campaigns: Sequence[Picture], nodes: Sequence[NodeState]) -> list
         return [_head("campaigns"), _line("  none yet: hafs campaign start FILE")]
     ranked = sorted(campaigns, key=lambda picture: not picture.running)
     rows = []
+    nowhere = "push unknown" if _silent(nodes) else "not pushed"
     for picture in ranked[:CAMPAIGNS]:
         figures = picture.figures
         there = [
             f"{node} {data.rows}" if len(data.campaigns) == 1 else f"{node} in {data.name}"
             for node, data in pushed(nodes, picture.name).items()
         ]
-        sent = f"on {', '.join(there)}" if there else "not pushed"
+        sent = f"on {', '.join(there)}" if there else nowhere
         done = f"{figures.accepted} of {figures.target}"
         rows.append([picture.name, picture.state, done, percent(figures.accept_rate), usd(figures.cost_usd), sent])
     return [_head("campaigns"), _rows(rows), *_more(len(ranked) - CAMPAIGNS, "hafs campaign list")]
+
+
+def _silent(nodes: Sequence[NodeState]) -> bool:
+    """Whether a node that does not answer may have what no other has."""
+    return any(node.problem for node in nodes)
 
 
 def _jobs(nodes: Sequence[NodeState]) -> list[RenderableType]:
@@ -69,7 +75,7 @@ def _jobs(nodes: Sequence[NodeState]) -> list[RenderableType]:
 def _models(nodes: Sequence[NodeState]) -> list[RenderableType]:
     found = [(node.name, model) for node in nodes for model in node.seen.models]
     if not found:
-        return [_head("models"), _line("  none yet")]
+        return [_head("models"), _line("  none seen" if _silent(nodes) else "  none yet")]
     found.sort(key=lambda pair: -pair[1].created_at)
     rows = [[model.tag, node, _alias(model), _perplexity(model)] for node, model in found[:MODELS]]
     return [_head("models"), _rows(rows), *_more(len(found) - MODELS, "hafs models list")]

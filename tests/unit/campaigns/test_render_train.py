@@ -168,7 +168,7 @@ def test_the_whole_loop_fits_one_screen(shown: Shown, campaigns: int, jobs: int)
         "1234 of 2000",
         "90 %",
         "on box 1000",
-        "not pushed",
+        "push unknown",
         "sft-0009-abcd",
         "RUNNING",
         "unknown since 2001-09-09",
@@ -177,6 +177,14 @@ def test_the_whole_loop_fits_one_screen(shown: Shown, campaigns: int, jobs: int)
     for words in ("hafs-coder:v3", "9.10 -> 4.20", "83 %", "Ollama 0.12.1", "holds qwen2.5-coder:7b", "none runs"):
         assert words in text, words
     assert ("and 36 more" in text) == (campaigns == 40)
+
+
+def test_where_every_node_answers_what_is_on_none_was_not_pushed(shown: Shown) -> None:
+    seen, pictures = usual()
+    seen.nodes.pop()
+    render_overview.console.print(render_overview.overview_screen(seen, pictures, 0.0), soft_wrap=False)
+    text = "\n".join(shown())
+    assert "not pushed" in text and "push unknown" not in text
 
 
 def test_an_empty_home_says_what_to_do(shown: Shown) -> None:
