@@ -7,8 +7,8 @@ A `runtime.json` is believed only if its process is the one that wrote it and it
 import importlib.util
 import json
 import os
-import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ IDLE_EXIT_S = 900
 START_TIMEOUT_S = 60.0
 PROBE_TIMEOUT_S = 2.0
 LOG_TAIL_BYTES = 2000
-_STARTED: "list[subprocess.Popen[bytes]]" = []  # Python complains of a running child that it forgets
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _start(root: Path) -> RuntimeInfo:
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "runtime.log"
     process = start_detached(launch_argv(root.resolve()), cwd=folder, log=log_file)
-    _STARTED.append(process)
+    threading.Thread(target=process.wait, name="reap the runtime", daemon=True).start()  # it may end before this process does
 
     def look() -> RuntimeInfo | None:
         # Ended because another one holds the root: that one is about to answer.
