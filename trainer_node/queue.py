@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import config.errors
 from config.contracts.base import Tolerant
 from config.contracts.job import ENDED, STAGES, JobError, JobResult, JobState, JobView, TrainJob
 from config.contracts.wire import JobEvent
@@ -65,17 +64,11 @@ class Queue:
     def retry(self, id_: str) -> JobView:
         """FAILED or CANCELLED → QUEUED: it goes on from its last whole checkpoint, and repeats no stage that is done.
 
-        A job that has not ended is left as it is, so asking twice is harmless.
-
-        Raises:
-            config.errors.JobError: it has succeeded.
+        Any other job is left as it is, so asking twice is harmless, even where it succeeds before the second request arrives.
         """
         with self._db.transaction("retry"):
             job = self.get(id_)
-            if job.state is JobState.SUCCEEDED:
-                hint = "for another run of it: hafs train submit"
-                raise config.errors.JobError(f"job {id_} has succeeded: there is nothing to try again", hint=hint)
-            if job.state.ended:
+            if job.state.ended and job.state is not JobState.SUCCEEDED:
                 self._set(id_, JobState.QUEUED, "tried again")
                 self._db.write("UPDATE jobs SET stalls = 0, error = NULL WHERE id = ?", id_)
             return self.get(id_)

@@ -15,7 +15,7 @@ from campaigns.cli.render import as_json, command, console, duration, job_end, l
 from campaigns.locate import JobAt, jobs_at
 from campaigns.sync.survey import NodeState
 from config.contracts.gpu import GpuReading
-from config.contracts.job import JobView, Metrics
+from config.contracts.job import JobState, JobView, Metrics
 from config.contracts.wire import GpuResult
 from config.errors import NodeUnreachable
 
@@ -118,6 +118,13 @@ def cancelled(at: JobAt, json_wanted: bool) -> None:
     one_job(at, json_wanted)
     if not json_wanted and at.job.state.active:
         line("  it is stopping, and keeps its last checkpoint")
+
+
+def retried(at: JobAt, json_wanted: bool) -> None:
+    """A job after it was to be tried again."""
+    one_job(at, json_wanted)
+    if not json_wanted and at.job.state is JobState.SUCCEEDED:
+        line("  there is nothing to try again; for another run of it: hafs train submit")
 
 
 def detail(at: JobAt) -> str:

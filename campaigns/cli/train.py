@@ -137,7 +137,7 @@ def retry(job: Job, node: Node = "", as_json: Json = False) -> None:
     from config.contracts.wire import RETRY
     from config.settings import load_settings
 
-    render_train.one_job(ask_about(load_settings(), RETRY, job, node), as_json)
+    render_train.retried(ask_about(load_settings(), RETRY, job, node), as_json)
 
 
 @app.command()

@@ -73,6 +73,12 @@ def test_a_job_that_was_told_to_stop_says_what_comes_next(shown: Shown) -> None:
     assert [line for line in shown() if "it is stopping" in line] == [shown()[2]]
 
 
+def test_a_job_that_has_succeeded_says_that_it_is_not_tried_again(shown: Shown) -> None:
+    render_train.retried(JobAt("box", job(3, JobState.SUCCEEDED)), False)
+    render_train.retried(JobAt("box", job(4, JobState.QUEUED)), False)
+    assert sum("nothing to try again" in line for line in shown()) == 1
+
+
 def test_what_has_ended_is_known_though_its_node_is_silent() -> None:
     assert render_train.detail(JobAt("box", job(1, JobState.FAILED, "no memory"), 5.0)) == "no memory"
     assert render_train.detail(JobAt("box", job(1, JobState.RUNNING, "step 3"), 5.0)).startswith("unknown since ")

@@ -14,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from config import faults
 from config.contracts.job import JobSpec, JobState, JobView, TrainJob
-from config.errors import JobError
 from tests.fakes.fake_processes import FakeProcesses, FakeRunner
 from trainer_node.daemon import Daemon, Pace
 from trainer_node.jobdir import JobDir
@@ -95,10 +94,8 @@ class NodeMachine(RuleBasedStateMachine):
     def cancel_or_retry(self, number: int, again: bool, crash: int) -> None:
         id_ = sorted(self.keys.values())[number % len(self.keys)]
         before = self.queue.get(id_).state
-        try:
-            self.crashing(crash, lambda: self.queue.retry(id_) and None if again else self.queue.intend_cancel(id_))
-        except JobError:
-            assert before is JobState.SUCCEEDED and again
+        self.crashing(crash, lambda: self.queue.retry(id_) and None if again else self.queue.intend_cancel(id_))
+        assert before is not JobState.SUCCEEDED or self.queue.get(id_).state is before
         self.retries[id_] += before.ended and self.queue.get(id_).state is JobState.QUEUED
 
     # what the node does
