@@ -21,6 +21,10 @@ soak: system $(VENV)/.dev
 	HAFS_FAULTS=all $(VENV)/bin/python -m pytest tests/integration/test_faults.py
 	HAFS_EXAMPLES=1000 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_queue_machine.py
 	HAFS_SETUP=1 $(VENV)/bin/python -m pytest tests/integration/test_node_setup.py
+	HAFS_POSITIONS=500 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_merged.py
+	HAFS_WORDS=1 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_vocabulary.py
+	HAFS_KILLS=60 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_aliases.py
+	HAFS_KILLS=8 $(VENV)/bin/python -m pytest tests/integration/test_chat.py
 	HAFS_FUZZ=100000 $(VENV)/bin/python -m pytest tests/unit/trainer_node/test_rpc_fuzz.py
 
 lint: $(VENV)/.dev
@@ -50,8 +54,8 @@ $(VENV)/.dev: $(VENV)/.run
 
 # Programs that integration tests use for real. Elsewhere the tests that need one are skipped and named at the end.
 system:
-	@if ! command -v sshd >/dev/null && ! [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openssh-server; fi
+	@if ! { command -v tmux && PATH="$$PATH:/usr/sbin" command -v sshd; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openssh-server tmux; fi
 
 clean-demo:
 	rm -rf .demo

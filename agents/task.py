@@ -1,17 +1,20 @@
 """What an agent works on: a task asks a model for one completion; an outcome says how that ended."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from config.contracts.base import content_id
 from config.contracts.sample import Message
+
+_ADDED: dict[str, Any] = {"top_k": None, "stop": ()}  # to Sampling, after ids had been made of it
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options sent to the model. `num_ctx` is the context window in tokens that an Ollama server is asked for.
 
-    `schema` is the JSON text of a JSON Schema that the answer has to follow; empty: free text.
+    `schema` is the JSON text of a JSON Schema that the answer has to follow; empty: free text. `top_k` (None: the server's own)
+    and `stop` (texts that end the answer; none: the model's own) are for people who talk to a model: Ollama's servers take them.
     """
 
     temperature: float = 0.4
@@ -20,6 +23,13 @@ class Sampling:
     num_ctx: int = 2048
     seed: int | None = None
     schema: str = ""
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What ids are made of. Fields that were added later count only where they are set: older ids stay as they are."""
+        return {name: value for name, value in vars(self).items() if name not in _ADDED or value != _ADDED[name]}
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class Task:
     id: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        sampling = vars(self.sampling)
-        key = [self.domain, self.source_id, [m.model_dump() for m in self.messages], sampling, self.template_version, self.draw]
+        messages = [message.model_dump() for message in self.messages]
+        key = [self.domain, self.source_id, messages, self.sampling.named, self.template_version, self.draw]
         object.__setattr__(self, "id", content_id(key))
 
 

@@ -58,7 +58,7 @@ def fetch(settings: Settings, results: Results, names: Sequence[str], on_progres
 def _version(states: Sequence[NodeState], tag: str) -> tuple[str, str]:
     for state in states:
         for model in state.seen.models:
-            if tag in (model.tag, model.alias):
+            if tag in (model.tag, model.alias, *model.aliases):
                 return state.name, model.tag
     raise JobNotFound(f'no node has a model "{tag}"', hint="hafs models list shows them")
 

@@ -19,11 +19,15 @@ FIND_S = 75.0  # the same server again, or started once more
 
 @dataclass(frozen=True)
 class Server:
-    """`url` is as this machine reaches it; `model` is the name that a GGUF was registered under, where one was given."""
+    """`url` is as this machine reaches it; `model` is the name that a GGUF was registered under, where one was given.
+
+    `embedded`: it is hafs's own runtime; `started`: just now.
+    """
 
     url: str
     model: str
     started: bool
+    embedded: bool
 
 
 @contextmanager
@@ -34,24 +38,33 @@ def model_server(settings: Settings, node_name: str, *, model: str = "", gguf: s
 
 
 @contextmanager
-def server_of(node: Node, *, model: str = "", gguf: str = "", patient: bool = False) -> Iterator[Server]:
+def server_of(
+    node: Node, *, model: str = "", gguf: str = "", patient: bool = False, before: Server | None = None
+) -> Iterator[Server]:
     """The same over a connection that others may share. A lost one is made again; a server that has ended is started again.
 
     Args:
         patient: a node that does not answer now is no error; requests to its server fail until it does.
+        before: the server as it was found earlier: an Ollama that is away for a moment is not replaced.
     """
     try:
-        found = node.call(RUNTIME, RuntimeArgs(model=model, gguf=gguf), SERVER_S)
+        found = _found(node, RuntimeArgs(model=model, gguf=gguf), before)
     except NodeUnreachable as error:
         if not patient:
             raise
         log.warning("%s; its model server is used once it answers", error)
         found = RuntimeResult(url="", embedded=False, version="", started=False)
     with tunnel(node, found.url, lambda: _again(node, found)) as url:
-        yield Server(url, found.model, found.started)
+        yield Server(url, found.model, found.started, found.embedded)
 
 
-def _again(node: Node, before: RuntimeResult) -> str:
+def _found(node: Node, args: RuntimeArgs, before: Server | None) -> RuntimeResult:
+    if before is None or before.embedded:
+        return node.call(RUNTIME, args, SERVER_S)
+    return RuntimeResult(url=_again(node, before), embedded=False, version="", started=False)
+
+
+def _again(node: Node, before: RuntimeResult | Server) -> str:
     """Where a server is that was there before. An Ollama that is away for a moment is not replaced: its models are its own."""
     if before.embedded or not before.url:
         return node.call(RUNTIME, RuntimeArgs(), FIND_S).url

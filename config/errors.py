@@ -104,7 +104,7 @@ class RateLimited(ProviderError):
 
 
 class BadRequest(ProviderError):
-    """`parameter` names what the model refuses to be told; empty: something else is wrong with the request."""
+    """`parameter` names what the model refuses to be told, or the limit that it exceeds; empty: something else is wrong."""
 
     exit_code = 14
 

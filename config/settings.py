@@ -87,6 +87,16 @@ class Settings(Strict):
         return self.home / "seen"
 
     @property
+    def feedback_file(self) -> Path:
+        """What people thought of answers: rows of config/contracts/feedback.py."""
+        return self.home / "feedback.jsonl"
+
+    @property
+    def chat_history(self) -> Path:
+        """The questions that were typed on a terminal."""
+        return self.home / "chat_history"
+
+    @property
     def notify_file(self) -> Path:
         return self.home / "notify.toml"
 

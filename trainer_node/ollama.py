@@ -6,8 +6,9 @@ known and of their type. A stream counts only with its final `success`. Every lo
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0  # without a byte: a cold model of many gigabytes is loaded in it
 CHUNK_BYTES = 2**20
 OWN_MISTAKES = ("option ", "invalid format")  # 500s of Ollama that no retry mends
+Progress = Callable[[int, int], None]  # bytes done, bytes in all; may raise to stop
+
+
+@dataclass(frozen=True)
+class Dressing:
+    """What a tag puts around its weights, in the form that `create` takes."""
+
+    template: str  # a Go template; "": the one inside the GGUF
+    system: str
+    parameters: dict[str, Any]
+    licenses: tuple[str, ...]
 
 
 class OllamaApi:
@@ -52,6 +64,18 @@ class OllamaApi:
     def show(self, model: str) -> dict[str, Any]:
         return self._json("POST", "/api/show", {"model": model})
 
+    def dressing(self, model: str) -> Dressing:
+        """Template, system message, parameters and licence of a tag, to be carried over to one that is made from it.
+
+        Parameters that say how a machine runs a model (num_gpu, num_thread) are left out.
+        """
+        shown = self.show(model)
+        template, licence = str(shown.get("template") or ""), str(shown.get("license") or "")
+        if "{%" in template:  # the server shows the GGUF's own where the tag has none; as a Go template it would be plain text
+            template = ""
+        parameters = _parameters(str(shown.get("parameters") or ""))
+        return Dressing(template, str(shown.get("system") or ""), parameters, (licence,) if licence else ())
+
     def has_blob(self, digest: str) -> bool:
         with self._translated("HEAD", "/api/blobs"):
             answer = self._http.head(f"/api/blobs/{digest}")
@@ -60,7 +84,7 @@ class OllamaApi:
             _require_ok(answer)
             return True
 
-    def put_blob(self, path: Path, on_progress: Callable[[int, int], None] = lambda sent, total: None) -> str:
+    def put_blob(self, path: Path, on_progress: Progress = lambda sent, total: None) -> str:
         """Upload a file unless the server has it; its digest.
 
         Args:
@@ -79,7 +103,11 @@ class OllamaApi:
 
         with self._translated("POST", "/api/blobs"):
             headers = {"Content-Length": str(total), "Content-Type": "application/octet-stream"}
-            _require_ok(self._http.post(f"/api/blobs/{digest}", content=chunks(), headers=headers))
+            try:
+                _require_ok(self._http.post(f"/api/blobs/{digest}", content=chunks(), headers=headers))
+            except httpx.TransportError:
+                if not self.has_blob(digest):  # it came from somebody else meanwhile, and the server hung up on us
+                    raise
         return digest
 
     def create(
@@ -91,21 +119,30 @@ class OllamaApi:
         system: str | None = None,
         template: str | None = None,
         parameters: dict[str, Any] | None = None,
+        licenses: Sequence[str] = (),
         on_status: Callable[[str], None] = lambda status: None,
+        on_progress: Progress = lambda sent, total: None,
     ) -> None:
-        """Make a model of GGUF files: checked, uploaded where they are missing, created, the final `success` seen."""
+        """Make a model of GGUF files: checked, uploaded where they are missing, created, the final `success` seen.
+
+        Args:
+            on_progress: told of each file that is uploaded, bytes sent and bytes in all.
+        """
+        _full_name(model)
         check_files(files.values(), (adapters or {}).values())
         check_parameters(parameters or {})
-        body: dict[str, Any] = {"model": model, "files": {name: self.put_blob(path) for name, path in files.items()}}
+        body: dict[str, Any] = {"model": model, "files": {n: self.put_blob(path, on_progress) for n, path in files.items()}}
         if adapters:
-            body["adapters"] = {name: self.put_blob(path) for name, path in adapters.items()}
-        optional = {"system": system, "template": template, "parameters": parameters}
-        body |= {name: value for name, value in optional.items() if value}
-        last = ""
+            body["adapters"] = {name: self.put_blob(path, on_progress) for name, path in adapters.items()}
+        optional = {"system": system, "template": template, "parameters": parameters, "license": list(licenses)}
+        self._create(body | {name: value for name, value in optional.items() if value}, on_status)
+
+    def _create(self, body: dict[str, Any], on_status: Callable[[str], None]) -> None:
+        model, last = body["model"], ""
         with self._translated("POST", "/api/create"), self._http.stream("POST", "/api/create", json=body) as answer:
             _require_ok(answer)
             for line in answer.iter_lines():
-                told = json.loads(line)
+                told = dict(json.loads(line))
                 if "error" in told:
                     raise BadRequest(f"{self.url} refused to create {model}: {told['error']}")
                 last = str(told.get("status", ""))
@@ -174,6 +211,9 @@ def check_files(files: Iterable[Path], adapters: Iterable[Path]) -> None:
     models = [(path, _header(path)) for path in files]
     loras = [(path, _header(path)) for path in adapters]
     for path, header in models:
+        kind = header.metadata.get("general.type", "model")
+        if kind not in ("model", "adapter"):
+            raise BadRequest(f"{path} is of type {kind}, not a model", hint="give the file that holds the language model")
         if header.is_adapter:
             raise BadRequest(f"{path} is an adapter, not a model", hint="give it as an adapter, on the base it was trained on")
         if not header.tensors or not header.length("block_count"):
@@ -197,6 +237,23 @@ def check_parameters(parameters: dict[str, Any]) -> None:
         merged_options(parameters)
     except ApiError as error:
         raise BadRequest(str(error), hint="correct the parameter's value") from error
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    """Of the lines that /api/show tells: a name, blanks, a value; one that is there twice is a list, as `stop` always is."""
+    found: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, _, told = line.partition(" ")
+        if name not in DEFAULTS:
+            continue
+        try:
+            value = json.loads(told)
+        except ValueError:
+            value = told.strip().strip('"')  # an escape of Go that JSON does not know
+        if name == "stop":
+            value = [*found.get(name, []), value]
+        found[name] = value
+    return found
 
 
 def _full_name(model: str) -> str:

@@ -14,12 +14,14 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config.contracts.job import JobError, JobState
 from config.contracts.sample import Message
@@ -29,8 +31,11 @@ from trainer_node import dataset, hub, registry
 from trainer_node.hand_over import in_the_way, watched
 from trainer_node.jobdir import STOPPED, TRY_AGAIN, JobDir
 from trainer_node.ollama import register_gguf
-from trainer_node.train.encode import render_prompt, token_ids
 from trainer_node.work import Work
+
+if TYPE_CHECKING:  # loads torch
+    from trainer_node.evaluate import Evaluation
+    from trainer_node.export.register import Exported
 
 PASSING = (ProviderUnavailable, DiskFull)  # failures that another attempt may not meet
 FULL_BYTES = 2**20  # a disk with less free is full
@@ -61,14 +66,14 @@ def prepare(work: Work) -> None:
         log.info("goes on from %s: its adapter has rank %d", work.start.tag, rank)
     data = work.data  # first: its base may have to be fetched, and so long the GPU can serve others
     work.wait_for(lambda: in_the_way(work.root, MEASURE_MB))
-    registers = f"{work.spec.name}:v<next>, and {work.spec.name}:latest if that is hafs's"
+    registers = _will_register(work)
     plan = make_plan(work.spec, work.base, data, rank, work.device, work.root, registers)
     write_atomic(work.dir.path / "plan.json", plan.model_dump_json(indent=1).encode())
     for line in plan_lines(plan):
         log.info(line)
     require_room(plan)
     with work.connect() as api:
-        register_gguf(api, work.base.tag, work.base.path)
+        register_gguf(api, work.base.tag, work.base_gguf)
         log.info(require_agreement(api, work.base.tag, data.train))
     needed_mb = plan.memory_mb if work.device.kind == "cuda" else 0.0
     work.wait_for(lambda: in_the_way(work.root, needed_mb))
@@ -93,12 +98,20 @@ def evaluate(work: Work) -> None:
 
     from trainer_node.evaluate import REFERENCE
     from trainer_node.evaluate import evaluate as score
+    from trainer_node.export import probes
 
     model = PeftModel.from_pretrained(work.model(), work.dir.adapter)
     if work.start is not None:
         model.load_adapter(work.start_adapter(), REFERENCE)
     beta = work.spec.dpo.beta if work.start is not None else None
     found = score(model, work.data.held_out, work.tokenizer.pad_token_id, work.spec.train.batch, beta)
+    if not math.isfinite(found.perplexity.tuned):
+        hint = "the training has diverged: lower train.lr, or look for broken rows"
+        raise JobFailed(f"the trained model's held-out perplexity is {found.perplexity.tuned}", hint=hint)
+    plain = [row.row.messages for row in work.data.held_out if not row.quotes]  # in what they make of those, servers differ
+    asked = [_probe(work), *plain[: probes.OTHERS]]
+    noted = probes.Probes(probes=[probes.ask(model, work.tokenizer, each) for each in asked], special=work.special)
+    write_atomic(work.probes_file, noted.model_dump_json(indent=1).encode())
     write_atomic(work.evaluation_file, found.model_dump_json(indent=1).encode())
     log.info("held out: perplexity %.2f (base) -> %.2f (tuned)", found.perplexity.base, found.perplexity.tuned)
     if found.pairs is not None:
@@ -111,40 +124,76 @@ def evaluate(work: Work) -> None:
 
 
 def export(work: Work) -> None:
-    from trainer_node.export.adapter import export_adapter
+    from trainer_node.export.forms import make_form
 
-    export_adapter(work.dir.adapter, work.base, work.dir.adapter_gguf)
-    log.info("adapter.gguf: %.1f MB", work.dir.adapter_gguf.stat().st_size / 2**20)
+    wanted = work.spec.export
+    made = make_form(
+        wanted.route, wanted.quantize, base=work.base.path, adapter=work.dir.adapter, folder=work.dir.path, say=work.progress
+    )
+    write_atomic(work.export_file, made.model_dump_json(indent=1).encode())
+    work.say("")
+    what = f", weights in {made.quantized}" if made.quantized else ""
+    log.info("%s: %.1f MB%s", made.file, (work.dir.path / made.file).stat().st_size / 2**20, what)
 
 
 def register(work: Work) -> None:
     from trainer_node.evaluate import Evaluation
     from trainer_node.export import register as registering
+    from trainer_node.export.probes import Probes
     from trainer_node.train.loop import TrainingStats
 
     found = Evaluation.model_validate_json(work.evaluation_file.read_bytes())
     stats = TrainingStats.model_validate_json(work.stats_file.read_bytes())
-    draft = registry.ModelRecord(
+    made = registering.Exported.model_validate_json(work.export_file.read_bytes())
+    noted = Probes.model_validate_json(work.probes_file.read_bytes())
+    draft = _draft(work, found, made)
+    with work.connect() as api:
+        record = registering.register(api, draft, made, work.base_gguf, work.base.context, work.spec, work.dir, noted)
+        record, note = registering.promoted(api, work.root, record, work.spec)
+    note = "; ".join(each for each in (made.note, note) if each)
+    work.dir.write_result(registering.result_of(record, note, api.url, stats.train_s, stats.steps))
+
+
+def _draft(work: Work, found: "Evaluation", made: "Exported") -> registry.ModelRecord:
+    """What is known of the version before it has a number."""
+    weights = work.dir.adapter / "adapter_model.safetensors"
+    with weights.open("rb") as file:
+        adapter_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return registry.ModelRecord(
         name=work.spec.name,
         version=0,
+        size=_size(work),
         kind=work.spec.kind,
         job=work.dir.id,
         base=work.dir.base() or work.spec.base,
         base_sha256=work.base.sha256,
         dataset_id=work.job.dataset_id,
-        adapter_sha256=hashlib.sha256(work.dir.adapter_gguf.read_bytes()).hexdigest(),
+        adapter_sha256=adapter_sha256,
         start=work.start.tag if work.start else "",
         perplexity=found.perplexity,
         pairs=found.pairs,
+        route=made.route,
+        quantized=made.quantized,
+        quantizer=made.quantizer,
     )
+
+
+def _size(work: Work) -> str:
+    return work.spec.export.size or registry.size_label(work.base.parameters)
+
+
+def _will_register(work: Work) -> str:
+    name, size = work.spec.name, _size(work)
+    aliases = " and ".join([*([f"{name}:{size}"] if size else []), f"{name}:latest"])
+    if work.spec.export.promote == "eval":
+        return f"{name}:{size + '-' if size else ''}v<next>; {aliases} move by hand"
+    return f"{name}:{size + '-' if size else ''}v<next>, and {aliases} as far as hafs made them"
+
+
+def _probe(work: Work) -> tuple[Message, ...]:
+    """The question that the job itself names, as it is trained."""
     asked = dataset.Row("", (Message(role="user", content=work.spec.probe),), ())
-    messages = dataset.with_system(asked, work.spec.system, 0).messages
-    prompt_tokens = len(token_ids(work.tokenizer, render_prompt(work.tokenizer, messages)))
-    probe = registering.Probe([message.model_dump() for message in messages], prompt_tokens, work.special)
-    with work.connect() as api:
-        record = registering.register(api, draft, work.base, work.spec, work.dir, probe)
-        record, note = registering.move_alias(api, work.root, record)
-    work.dir.write_result(registering.result_of(record, note, api.url, stats.train_s, stats.steps))
+    return dataset.with_system(asked, work.spec.system, 0).messages
 
 
 def trained(work: Work) -> bool:
@@ -156,8 +205,8 @@ def trained(work: Work) -> bool:
 STAGES: tuple[tuple[JobState, Callable[[Work], bool], Callable[[Work], None]], ...] = (
     (JobState.PREPARING, trained, prepare),
     (JobState.RUNNING, trained, train),
-    (JobState.EVALUATING, lambda work: work.evaluation_file.exists(), evaluate),
-    (JobState.EXPORTING, lambda work: work.dir.adapter_gguf.exists(), export),
+    (JobState.EVALUATING, lambda work: work.evaluation_file.exists() and work.probes_file.exists(), evaluate),
+    (JobState.EXPORTING, lambda work: work.export_file.exists(), export),
     (JobState.REGISTERING, lambda work: work.dir.result_file.exists(), register),
 )
 

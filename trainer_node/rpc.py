@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -33,6 +33,9 @@ from trainer_node.logs import read_log, read_metrics
 from trainer_node.processes import Child, start_detached
 from trainer_node.queue import Queue
 from trainer_node.refusals import note_refusal
+
+if TYPE_CHECKING:  # loads httpx
+    from trainer_node.ollama import OllamaApi
 
 DAEMON_IDLE_EXIT_S = 900
 BODY_CHUNK_BYTES = 2**17
@@ -153,6 +156,12 @@ class Service:
             Route(wire.LOGS, self.logs),
             Route(wire.METRICS, self.metrics),
             Route(wire.MODELS, self.models),
+            Route(wire.LINEAGE, self.lineage),
+            Route(wire.PROMOTE, self.promote),
+            Route(wire.ROLLBACK, self.rollback),
+            Route(wire.DELETE, self.delete),
+            Route(wire.PRUNE, self.prune),
+            Route(wire.EXPORT, self.export),
             Route(wire.ARTIFACTS, self.artifacts),
             Route(wire.RUNTIME, self.runtime),
             Route(wire.GPU, self.gpu),
@@ -266,9 +275,43 @@ class Service:
         return read_metrics(self._queue, self.root, args)
 
     def models(self, _: wire.Nothing) -> wire.ModelsResult:
-        from trainer_node.registry import versions
+        from trainer_node.aliases import listing
 
-        return wire.ModelsResult(models=versions(self.root))
+        return listing(self.root)
+
+    def lineage(self, args: wire.ModelArgs) -> wire.LineageResult:
+        from trainer_node.ancestry import chain
+
+        return wire.LineageResult(chain=chain(self.root, args.model))
+
+    def promote(self, args: wire.ModelArgs) -> wire.ModelsChanged:
+        from trainer_node.aliases import promote
+
+        with self._server() as api:
+            return promote(api, self.root, args.model)
+
+    def rollback(self, args: wire.RollbackArgs) -> wire.ModelsChanged:
+        from trainer_node.aliases import rollback
+
+        with self._server() as api:
+            return rollback(api, self.root, args.model, args.leave)
+
+    def delete(self, args: wire.ModelArgs) -> wire.ModelsChanged:
+        from trainer_node.aliases import delete
+
+        with self._server() as api:
+            return delete(api, self.root, args.model)
+
+    def prune(self, args: wire.PruneArgs) -> wire.ModelsChanged:
+        from trainer_node.aliases import prune
+
+        with self._server() as api:
+            return prune(api, self.root, args.keep, args.name, dry_run=args.dry_run)
+
+    def export(self, args: wire.ExportArgs) -> wire.ExportState:
+        from trainer_node.export.request import ask
+
+        return ask(self.root, args)
 
     def artifacts(self, args: wire.ArtifactsArgs) -> wire.ArtifactsResult:
         from trainer_node.registry import resolve
@@ -277,17 +320,19 @@ class Service:
         return wire.ArtifactsResult(tag=model.tag, files=list_artifacts(self.root / model.folder))
 
     def runtime(self, args: wire.RuntimeArgs) -> wire.RuntimeResult:
-        from trainer_node.base_model import base_tag, resolve_gguf
+        from trainer_node.base_model import base_sha256, base_tag, resolve_base, served_gguf
         from trainer_node.runtime.launch import ensure_runtime
 
-        path = resolve_gguf(args.gguf) if args.gguf else None  # first: nothing is started for a file that is not there
+        path = resolve_base(args.gguf) if args.gguf else None  # first: nothing is started for a file that is not there
         info, model = ensure_runtime(self.root), args.model
         if path is not None:
             from trainer_node.ollama import OllamaApi, register_gguf
 
-            model = model or base_tag(_sha256(path))
+            sha256 = base_sha256(path)
+            served = served_gguf(path, sha256, self.root / "cache" / "bases", lambda done, total: None)
+            model = model or base_tag(sha256)
             with OllamaApi(info.url) as api:
-                register_gguf(api, model, path)
+                register_gguf(api, model, served)
         return wire.RuntimeResult(url=info.url, model=model, embedded=info.embedded, version=info.version, started=info.started)
 
     def datasets(self, _: wire.Nothing) -> wire.DatasetsResult:
@@ -314,6 +359,13 @@ class Service:
 
         return wire.DoctorResult(checks=[wire.DoctorCheck(**check._asdict()) for check in examine(self.root, args.time)])
 
+    def _server(self) -> "OllamaApi":
+        """A client of the node's model server, which is started if there is none."""
+        from trainer_node.ollama import OllamaApi
+        from trainer_node.runtime.launch import ensure_runtime
+
+        return OllamaApi(ensure_runtime(self.root).url)
+
     def _write_job(self, id_: str, job: TrainJob) -> None:
         JobDir(self.root / "jobs" / id_).write_job(job)
 
@@ -331,10 +383,14 @@ class Service:
 
 
 def list_artifacts(folder: Path) -> list[wire.Artifact]:
-    """The files below `folder` with size and hash; hidden ones, and links that lead elsewhere, are left out."""
+    """The files below `folder` with size and hash; hidden and half-written ones, and links that lead elsewhere, are left out."""
     inside = folder.resolve()
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve().is_relative_to(inside)]
-    return [_artifact(folder, path) for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [_artifact(folder, path) for path in files if not any(map(_in_the_making, path.relative_to(folder).parts))]
+
+
+def _in_the_making(part: str) -> bool:
+    return part.startswith(".") or part.endswith(".partial")
 
 
 def hafs_version() -> str:

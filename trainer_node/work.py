@@ -7,7 +7,7 @@ is waited for is waited for without end; the stop file ends any waiting and any 
 import logging
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from config.contracts.base_name import HUB, hub_file
 from config.contracts.job import JobState
 from config.errors import JobCancelled, JobFailed
 from trainer_node import dataset, hub, registry
-from trainer_node.base_model import resolve_gguf
+from trainer_node.base_model import resolve_base, served_gguf
 from trainer_node.jobdir import JobDir, Stage
 from trainer_node.ollama import OllamaApi
 from trainer_node.runtime.launch import ensure_runtime
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch is loaded by the stages that need it
 
 TELL_AFTER_S = 2.0  # a wait that is over by then is none worth telling
 TELL_EVERY_S = 30.0  # from then on: figures change all the time
-FETCHED_EVERY_S = 1.0
+PROGRESS_EVERY_S = 1.0  # of what takes minutes
 
 log = logging.getLogger("hafs")
 
@@ -41,10 +41,13 @@ class Work:
         self.dir, self.root = job_dir, job_dir.root
         self.attempt, self._offline = attempt, offline
         self._stage = Stage(state=JobState.PREPARING)
+        self._told_at = 0.0
         self.job = job_dir.job()
         self.spec = self.job.spec
         self.stats_file = job_dir.path / "training_stats.json"
         self.evaluation_file = job_dir.path / "evaluation.json"
+        self.probes_file = job_dir.path / "probes.json"
+        self.export_file = job_dir.path / "export.json"
 
     def enter(self, state: JobState, detail: str) -> None:
         """A stage begins. What `detail` says is what a person reads beside the job's state."""
@@ -81,18 +84,28 @@ class Work:
     @cached_property
     def base(self) -> BaseModel:
         named = self.spec.base
-        return read_base(self._from_hub(named) if named.startswith(HUB) else resolve_gguf(named))
+        return read_base(self._from_hub(named) if named.startswith(HUB) else resolve_base(named))
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """What takes minutes, now and then, in bytes. Raises JobCancelled."""
+        self.require_going()
+        if time.monotonic() - self._told_at >= PROGRESS_EVERY_S:
+            self._told_at = time.monotonic()
+            self.say(f"{step}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    @cached_property
+    def base_gguf(self) -> Path:
+        """The base as a model server takes it: the file itself, or a GGUF that is made once of a Hugging Face folder."""
+        told = partial(self.progress, "converting the base")
+        found = served_gguf(self.base.path, self.base.sha256, self.root / "cache" / "bases", told)
+        self.say("")
+        return found
 
     def _from_hub(self, named: str) -> Path:
         """The base as this job knows it since its first attempt, fetched unless it is here."""
-        told_at = 0.0
 
         def told(done: int, total: int) -> None:
-            nonlocal told_at
-            self.require_going()
-            if time.monotonic() - told_at >= FETCHED_EVERY_S:
-                told_at = time.monotonic()
-                self.say(f"fetching {file.file}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            self.progress(f"fetching {file.file or file.repo}", done, total)
 
         pinned = self.dir.base()
         file = hub_file(pinned) if pinned else hub.pin(hub_file(named), offline=self._offline)

@@ -170,4 +170,4 @@ class BatchProvider:
 
 
 def _request_id(model: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    return content_id([model, [message.model_dump() for message in messages], vars(sampling)])
+    return content_id([model, [message.model_dump() for message in messages], sampling.named])

@@ -5,9 +5,10 @@
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import ollama
@@ -37,6 +38,7 @@ _BAD_500 = re.compile(r"^option |invalid format|invalid option", re.IGNORECASE)
 _TOO_LONG = re.compile(r"exceed_context_size|longer than the context|exceeds the (available )?context")
 _MISSING = re.compile(r"model ['\"]?([^\s'\"]+)['\"]? not found")
 _UNKNOWN = "manifest: file does not exist"  # the registry does not have the model
+_TOO_LONG_HINT = "raise num_ctx, or shorten the prompt"
 _REFUSED_HINT = "start it with `ollama serve`, or set OLLAMA_HOST (or the lane's host) to where it runs"
 
 
@@ -101,7 +103,7 @@ class _Client(ollama.AsyncClient):
         if _UNKNOWN in text:
             return ModelMissing(what, hint="check the model's name at https://ollama.com/library")
         if _TOO_LONG.search(text):
-            return BadRequest(what, hint="raise num_ctx under [sampling], or shorten the prompt")
+            return BadRequest(what, parameter="num_ctx", hint=_TOO_LONG_HINT)
         if status in (401, 403):
             return AuthFailed(what, hint="set OLLAMA_API_KEY, or check who may use that server")
         if 300 <= status < 500 or status == 501 or _BAD_500.search(text):
@@ -137,22 +139,34 @@ class OllamaProvider:
             parts = [part async for part in self._parts(model, messages, sampling)]
         else:
             parts = [await self._client.chat(**_request(model, messages, sampling), stream=False)]
-        latency_s = time.perf_counter() - started
-        text = "".join(part.message.content or "" for part in parts)
-        finish, detail = judged(text, *self._ended(parts[-1] if parts else None, floor, sampling), sampling)
-        usage = Usage(prompt_tokens=parts[-1].prompt_eval_count or 0, completion_tokens=parts[-1].eval_count or 0)
-        return Completion(text, finish, usage, parts[-1].model or model, latency_s, detail)
+        return self._completed(parts, model, floor, sampling, time.perf_counter() - started)
 
     async def stream(self, model: str, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[str]:
+        async with aclosing(self.told(model, messages, sampling)) as parts:
+            async for part in parts:
+                if isinstance(part, str):
+                    yield part
+                else:
+                    require_whole(self.host, part.finish_reason, part.detail, sampling)
+
+    async def told(self, model: str, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[str | Completion]:
+        """The pieces of an answer as they come, then all of it, with how it ended; raises where `generate` would."""
         floor = _refuse_too_long(messages, sampling)
-        last: ollama.ChatResponse | None = None
-        async for last in self._parts(model, messages, sampling):
-            if last.message.content:
-                yield last.message.content
-        require_whole(self.host, *self._ended(last, floor, sampling), sampling)
+        started = time.perf_counter()
+        parts: list[ollama.ChatResponse] = []
+        async with aclosing(self._parts(model, messages, sampling)) as answer:
+            async for part in answer:
+                parts.append(part)
+                if part.message.content:
+                    yield part.message.content
+        yield self._completed(parts, model, floor, sampling, time.perf_counter() - started)
 
     async def models(self) -> list[str]:
-        return [entry.model for entry in (await self._client.list()).models if entry.model]
+        return list(await self.digests())
+
+    async def digests(self) -> dict[str, str]:
+        """The models of `models`, each with the digest of what it is made of now; empty where the server does not say."""
+        return {entry.model: entry.digest or "" for entry in (await self._client.list()).models if entry.model}
 
     async def pull(self, model: str) -> AsyncIterator[PullProgress]:
         """Fetch a model to the server; ends when it is there.
@@ -171,9 +185,19 @@ class OllamaProvider:
     async def aclose(self) -> None:
         await self._client.wire.aclose()
 
-    async def _parts(self, model: str, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[ollama.ChatResponse]:
-        async for part in await self._client.chat(**_request(model, messages, sampling), stream=True):
-            yield part
+    async def _parts(self, model: str, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[ollama.ChatResponse]:
+        answer = await self._client.chat(**_request(model, messages, sampling), stream=True)
+        async with aclosing(cast(AsyncGenerator[ollama.ChatResponse], answer)) as parts:  # who breaks off hangs up at once
+            async for part in parts:
+                yield part
+
+    def _completed(
+        self, parts: Sequence[ollama.ChatResponse], model: str, floor: int, sampling: Sampling, latency_s: float
+    ) -> Completion:
+        text = "".join(part.message.content or "" for part in parts)
+        finish, detail = judged(text, *self._ended(parts[-1] if parts else None, floor, sampling), sampling)
+        usage = Usage(prompt_tokens=parts[-1].prompt_eval_count or 0, completion_tokens=parts[-1].eval_count or 0)
+        return Completion(text, finish, usage, parts[-1].model or model, latency_s, detail)
 
     def _ended(self, last: ollama.ChatResponse | None, floor: int, sampling: Sampling) -> tuple[FinishReason, str]:
         if last is None or not last.done or not last.done_reason:
@@ -191,13 +215,14 @@ def _refuse_too_long(messages: Sequence[Message], sampling: Sampling) -> int:
     if floor >= sampling.num_ctx:
         raise BadRequest(
             f"the prompt has at least {floor} tokens, the context window num_ctx is {sampling.num_ctx}",
-            hint="raise num_ctx under [sampling], or shorten the prompt",
+            parameter="num_ctx",
+            hint=_TOO_LONG_HINT,
         )
     return floor
 
 
 def _request(model: str, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
-    options: dict[str, float] = {
+    options: dict[str, Any] = {
         "num_ctx": sampling.num_ctx,
         "num_predict": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -205,6 +230,10 @@ def _request(model: str, messages: Sequence[Message], sampling: Sampling) -> dic
     }
     if sampling.seed is not None:
         options["seed"] = sampling.seed
+    if sampling.top_k is not None:
+        options["top_k"] = sampling.top_k
+    if sampling.stop:
+        options["stop"] = list(sampling.stop)
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": message.role, "content": message.content} for message in messages],

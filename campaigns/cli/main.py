@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from campaigns.cli import campaign, chat, data, loop, models, nodes, setup, sync, train
+from campaigns.cli import campaign, chat, data, loop, models, nodes, serve, setup, sync, train
 from config.errors import HafsError, MissingExtra, StoreError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.command("doctor")(setup.doctor)
 app.command("run")(loop.run)
 app.command("status")(loop.status)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("lineage")(models.lineage)
 app.add_typer(campaign.app, name="campaign")
 app.add_typer(data.app, name="data")
 app.add_typer(sync.app, name="sync")
@@ -40,6 +42,7 @@ EXTRAS = {
     "httpx",
     "ollama",
     "paramiko",
+    "prompt_toolkit",
     "psutil",
     "rich",
     "tenacity",

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as TransferBar
 from rich.table import Table
 
 from config.contracts.job import JobView
-from config.contracts.wire import ModelVersion
 from config.settings import LOCAL
 
 if TYPE_CHECKING:  # they load model servers' clients, which most commands do without
@@ -123,7 +122,8 @@ def job_end(job: JobView) -> None:
         if job.error.hint:
             line(f"  {job.error.hint}")
     if result := job.result:
-        alias = f", also {result.alias}" if result.alias else ""
+        names = result.aliases or ([result.alias] if result.alias else [])
+        alias = f", also {' and '.join(names)}" if names else ""
         line(f"  registered {result.model}{alias}; {result.steps} steps in {duration(result.train_s)}")
         if result.perplexity:
             figures = result.perplexity
@@ -152,20 +152,6 @@ def jobs(views: Sequence[JobView], json_wanted: bool) -> None:
     console.print(made)
 
 
-def models(versions: Sequence[ModelVersion], json_wanted: bool) -> None:
-    if json_wanted:
-        return as_json([version.model_dump(mode="json") for version in versions])
-    if not versions:
-        return line("no models yet: hafs train submit FILE")
-    made = table("model", "alias", "kind", "job", "made", ">perplexity", "dataset")
-    for version in versions:
-        before, after = version.perplexity_base, version.perplexity_tuned
-        figures = f"{before:.2f} -> {after:.2f}" if before is not None and after is not None else ""
-        row = (version.tag, version.alias, version.kind, version.job, when(version.created_at), figures, version.dataset_id[:12])
-        made.add_row(*row)
-    console.print(made)
-
-
 # data ------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +175,19 @@ def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def counted(word: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, silent elsewhere; the function it gives takes what is done and what has failed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with TransferBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(word, total=total)
+
+        def told(done: int, failed: int) -> None:
+            bar.update(task, completed=done + failed, description=f"{word}, {failed} failed" if failed else word)
+
+        yield told
+
+
 def pushed(result: "PushResult", node: str) -> None:
     what = f"dataset {result.dataset_id[:12]}, {result.rows} rows"
     if result.sent_bytes:
@@ -208,6 +207,12 @@ def left_out(sealed: "SealedDataset") -> None:
 def note(text: str) -> None:
     """Something to know that is no result: to stderr, so that an answer can be piped."""
     Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(printable(text), markup=False, style="dim")
+
+
+def serving(url: str, model: str, with_key: bool) -> None:
+    """Where a model is served, as soon as it is: whoever waits for the line can ask."""
+    line(f"{model} answers at {url}/v1{' to those who have the API key' if with_key else ''}; how: {url}/docs; Ctrl-C ends")
+    console.file.flush()
 
 
 # the loop --------------------------------------------------------------------------------------------------------------

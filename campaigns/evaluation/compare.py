@@ -55,7 +55,7 @@ async def compare(
     for contender, (model, examples) in contenders.items():
         for set_name in subject.benchmark_sets:
             made_of = [model, made_by if model == tuned else "", examples, set_name, wanted.questions]
-            path = folder / f"{content_id([*made_of, subject.name, subject.template_version, asdict(SAMPLING)])[:16]}.json"
+            path = folder / f"{content_id([*made_of, subject.name, subject.template_version, SAMPLING.named])[:16]}.json"
             kept = _kept(path)
             on_sheet(f"{contender}, {set_name}", wanted.questions, kept is not None)
             sheets[set_name][contender] = kept or await _answered(provider, model, subject, set_name, examples, wanted, path)

@@ -21,7 +21,7 @@ from config.settings import Settings
 
 ATTEMPTS = 5
 ARTIFACTS_S = 600.0  # the node hashes every file
-_VERSION = re.compile(r"v[0-9]{1,9}")
+_VERSION = re.compile(r"(?:[0-9]{1,4}(?:\.[0-9])?[mbt]-)?(v[0-9]{1,9})")  # with the size that the tag may have
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -54,11 +54,12 @@ def fetch(node: Node, settings: Settings, found: ArtifactsResult, on_progress: O
 
 
 def model_folder(settings: Settings, tag: str) -> Path:
-    """Where the version `tag` (name:vN) is on the laptop. Raises ProtocolError for anything else."""
-    name, _, version = tag.partition(":")
-    if not re.fullmatch(MODEL_NAME, name) or not is_portable(name) or not _VERSION.fullmatch(version):
+    """Where the version `tag` (name:vN, name:14b-vN) is on the laptop. Raises ProtocolError for anything else."""
+    name, _, rest = tag.partition(":")
+    version = _VERSION.fullmatch(rest)
+    if not re.fullmatch(MODEL_NAME, name) or not is_portable(name) or version is None:
         raise ProtocolError(f"the node names a model {tag[:100]!r}, which is not NAME:vN")
-    return settings.models / name / version
+    return settings.models / name / version[1]
 
 
 def _inside(folder: Path, name: str) -> Path:

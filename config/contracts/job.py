@@ -1,15 +1,18 @@
 """A training job as a person writes it, as the node keeps it, and the states it goes through."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from config.contracts.base import Strict, Tolerant, content_id
 from config.contracts.base_name import checked_base
 from config.contracts.manifest import NAME
 from config.contracts.names import Portable
 
+Quantization = Literal[
+    "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K"
+]  # of the weights of a GGUF, as llama.cpp names it
 MODEL_NAME = r"^[a-z0-9_][a-z0-9_.-]{0,79}$"  # a part of an Ollama model name; lower case, as Ollama compares names
 
 
@@ -36,6 +39,26 @@ class DpoOptions(Strict):
     beta: float = Field(0.1, gt=0)
 
 
+class ExportOptions(Strict):
+    """What is registered at the model server, and what has to happen before the aliases move to it.
+
+    `route` adapter: the base and a small adapter beside it; merged: one GGUF of both, weights in `quantize` (F16 where that is
+    empty). `promote` gate: the aliases move when the smoke gate is passed; eval: by `hafs models promote`, after a look at the
+    figures. `size` stands in the tag (hafs-coder:14b-v7); empty: counted from the base's parameters.
+    """
+
+    route: Literal["adapter", "merged"] = "adapter"
+    quantize: Quantization | Literal[""] = ""
+    promote: Literal["gate", "eval"] = "gate"
+    size: str = Field("", pattern=r"^([0-9]{1,4}(\.[0-9])?[mbt])?$")
+
+    @model_validator(mode="after")
+    def _quantize_belongs_to_merged(self) -> "ExportOptions":
+        if self.quantize and self.route != "merged":
+            raise ValueError('quantize needs route = "merged": the adapter route keeps the base as it is')
+        return self
+
+
 class JobSpec(Strict):
     """The TOML file of a job. `data` names campaigns or sets of pairs on the laptop.
 
@@ -54,6 +77,15 @@ class JobSpec(Strict):
     lora: LoraOptions = LoraOptions()
     train: TrainOptions = TrainOptions()
     dpo: DpoOptions = DpoOptions()
+    export: ExportOptions = ExportOptions()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Peers that do not know `export` yet take every other job, and the keys of earlier jobs stay what they are."""
+        written: dict[str, Any] = write(self)
+        if self.export == ExportOptions():
+            del written["export"]
+        return written
 
     @model_validator(mode="after")
     def _start_belongs_to_dpo(self) -> "JobSpec":
@@ -161,10 +193,13 @@ class PairScores(Tolerant):
 
 
 class JobResult(Tolerant):
-    """What a finished job leaves: the tag it registered and its figures. `alias` is empty where the alias was not moved."""
+    """What a finished job leaves: the tag it registered and its figures. `alias` is <name>:latest where it was moved, else empty;
+    `aliases` are all that were.
+    """
 
-    model: str  # hafs-coder:v1
+    model: str  # hafs-coder:14b-v7; hafs-coder:v7 for one without a size
     alias: str = ""
+    aliases: list[str] = []
     note: str = ""
     folder: str = ""  # below the node's root
     runtime: str = ""  # URL of the server it is registered at, as the node sees it

@@ -4,13 +4,13 @@ Arguments and results are the models below; a verb is described by a `Verb`, so 
 """
 
 import base64
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from config.contracts.base import Tolerant
 from config.contracts.gpu import GpuReading
-from config.contracts.job import JobError, JobState, JobView, TrainJob
+from config.contracts.job import JobError, JobState, JobView, PairScores, Perplexity, Quantization, TrainJob
 from config.contracts.manifest import SHA256, DatasetManifest, Segment
 from config.contracts.names import Portable
 
@@ -191,10 +191,20 @@ class ReadResult(Tolerant):
 
 
 class ModelVersion(Tolerant):
-    """One registered version. `folder` holds adapter/, adapter.gguf, job.json, metrics.jsonl, training_stats.json."""
+    """One registered version. `alias` is <name>:latest where it carries that, `aliases` are all that it carries.
+
+    `promoted`: it stands in the line that a rollback goes back through. `fault`: why the gate stopped it. `note`: what is not as
+    it should be at the model server.
+    """
 
     tag: str
     alias: str = ""
+    aliases: list[str] = []
+    promoted: bool = False
+    route: str = "adapter"
+    quantized: str = ""
+    fault: str = ""
+    note: str = ""
     kind: str
     job: str
     base: str
@@ -205,11 +215,103 @@ class ModelVersion(Tolerant):
 
 
 class ModelsResult(Tolerant):
+    """`models` passed the gate, `failed` did not and are kept for inspection. `checked`: a model server answered, and the
+    aliases are those that it has now; else they are those that were set last.
+    """
+
     models: list[ModelVersion]
+    failed: list[ModelVersion] = []
+    checked: bool = False
+
+
+ModelTag = Annotated[str, Field(pattern=MODEL_TAG, min_length=1, max_length=200)]
+
+
+class ModelArgs(Tolerant):
+    """`model` is a tag (hafs-coder:14b-v7, or shorter hafs-coder:v7), an alias or a name."""
+
+    model: ModelTag
+
+
+class RollbackArgs(Tolerant):
+    """`leave` is the version that is to be left: asked twice, the second time changes nothing."""
+
+    model: ModelTag
+    leave: str = Field("", max_length=200)
+
+
+class PruneArgs(Tolerant):
+    """Keep the `keep` newest versions of each name (of all names where `name` is empty), and whatever carries an alias."""
+
+    keep: int = Field(ge=1)
+    name: str = Field("", max_length=200)
+    dry_run: bool = False
+
+
+class ModelsChanged(Tolerant):
+    """The versions concerned as they are now. `removed`: tags of what went, or would go. `notes`: what could not be done."""
+
+    models: list[ModelVersion] = []
+    removed: list[str] = []
+    notes: list[str] = []
+
+
+class Ancestor(Tolerant):
+    """A version with all that the node knows of how it came to be. `spec` is the job's; `code` the version of hafs.
+
+    `manifest` None: the node no longer has the dataset. `segments`: paths of its packed rows there, by SHA-256, of those it has.
+    """
+
+    version: ModelVersion
+    name: str
+    base_sha256: str
+    adapter_sha256: str
+    digest: str = ""
+    start: str = ""
+    quantizer: str = ""
+    perplexity: Perplexity | None = None
+    pairs: PairScores | None = None
+    statistics: dict[str, Any] = {}
+    spec: dict[str, Any] = {}
+    code: str = ""
+    deleted: bool = False
+    manifest: DatasetManifest | None = None
+    segments: dict[str, str] = {}
+
+
+class LineageResult(Tolerant):
+    """The version that was asked for, then the one that it went on from, and so on."""
+
+    chain: list[Ancestor]
+
+
+class ExportArgs(Tolerant):
+    """Make another form of a version, or (`start` False) ask how far that is; wait up to `wait_s` for its end."""
+
+    model: ModelTag
+    route: Literal["merged", "adapter", "hf"]
+    quantize: Quantization | Literal[""] = ""
+    start: bool = True
+    wait_s: float = Field(0, ge=0, le=30)
+
+
+class ExportState(Tolerant):
+    """`done` of `total` bytes are written in the present `step`. `files` are named below the version's folder."""
+
+    tag: str
+    state: Literal["running", "done", "failed"]
+    step: str = ""
+    done: int = 0
+    total: int = 0
+    files: list[str] = []
+    quantized: str = ""
+    quantizer: str = ""
+    note: str = ""
+    error: JobError | None = None
 
 
 class ArtifactsArgs(Tolerant):
-    model: str  # hafs-coder, or hafs-coder:v1
+    model: str  # hafs-coder, hafs-coder:14b-v7 or hafs-coder:v7
 
 
 class Artifact(Tolerant):
@@ -304,6 +406,12 @@ EVENTS = Verb("events", EventsArgs, EventsResult)
 LOGS = Verb("logs", ReadArgs, ReadResult)
 METRICS = Verb("metrics", ReadArgs, ReadResult)
 MODELS = Verb("models", Nothing, ModelsResult)
+LINEAGE = Verb("lineage", ModelArgs, LineageResult)
+PROMOTE = Verb("promote", ModelArgs, ModelsChanged)
+ROLLBACK = Verb("rollback", RollbackArgs, ModelsChanged)
+DELETE = Verb("delete", ModelArgs, ModelsChanged)
+PRUNE = Verb("prune", PruneArgs, ModelsChanged)
+EXPORT = Verb("export", ExportArgs, ExportState)
 ARTIFACTS = Verb("artifacts", ArtifactsArgs, ArtifactsResult)
 RUNTIME = Verb("runtime", RuntimeArgs, RuntimeResult)
 GPU = Verb("gpu", Nothing, GpuResult)

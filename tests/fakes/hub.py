@@ -90,23 +90,35 @@ class Hub:
         if path.startswith("/storage/"):
             return self._store(to, path, token)
         if found := LISTING.fullmatch(path):
-            files = self.repos.get(found["repo"], {})
-            body = json.dumps({"sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}).encode()
-            return reply(to, 200, {"Content-Type": "application/json"}, body)
+            return self._list(to, token, **found.groupdict())
         found = RESOLVE.fullmatch(path)
         assert found is not None, path
         self._resolve(to, token, **found.groupdict())
 
+    def _list(self, to: BaseHTTPRequestHandler, token: str, repo: str, revision: str) -> None:
+        if repo in self.renamed:
+            return reply(to, 307, {"Location": f"/api/models/{self.renamed[repo]}/revision/{revision}"})
+        if self._is_refused(to, token, repo, revision):
+            return None
+        body = json.dumps({"sha": COMMIT, "siblings": [{"rfilename": name} for name in self.repos[repo]]}).encode()
+        reply(to, 200, {"Content-Type": "application/json"}, body)
+
+    def _is_refused(self, to: BaseHTTPRequestHandler, token: str, repo: str, revision: str) -> bool:
+        if repo not in self.repos:
+            refuse(to, 401, "RepoNotFound", "Repository not found")
+        elif repo in self.gated and token != self.let_in:
+            refuse(to, 403 if token else 401, "GatedRepo", f"Access to model {repo} is restricted")
+        elif revision not in REVISIONS:
+            refuse(to, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        else:
+            return False
+        return True
+
     def _resolve(self, to: BaseHTTPRequestHandler, token: str, repo: str, revision: str, file: str) -> None:
         if repo in self.renamed:
             return reply(to, 307, {"Location": f"/{self.renamed[repo]}/resolve/{revision}/{file}"})
-        if repo not in self.repos:
-            return refuse(to, 401, "RepoNotFound", "Repository not found")
-        if repo in self.gated and token != self.let_in:
-            words = f"Access to model {repo} is restricted"
-            return refuse(to, 403 if token else 401, "GatedRepo", words)
-        if revision not in REVISIONS:
-            return refuse(to, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if self._is_refused(to, token, repo, revision):
+            return None
         if file not in self.repos[repo]:
             return refuse(to, 404, "EntryNotFound", "Entry not found")
         data = self.repos[repo][file]

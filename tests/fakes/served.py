@@ -26,11 +26,11 @@ def served(program: str, folder: Path, **settings: str) -> Iterator[str]:
         child.wait()
 
 
-async def serve(app: web.Application, port_file: Path) -> None:
-    """In that process: serve for ever on a free port of loopback, and write it down, whole or not at all."""
+async def serve(app: web.Application, port_file: Path, port: int = 0) -> None:
+    """In that process: serve for ever on a port of loopback (0: a free one), and write it down, whole or not at all."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
     partial = port_file.with_suffix(".part")
     partial.write_text(str(runner.addresses[0][1]))
     os.replace(partial, port_file)

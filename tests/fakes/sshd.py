@@ -6,6 +6,7 @@ who runs the test.
 
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -106,10 +107,15 @@ def make_key(path: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that nobody has, below those that a system hands out: nobody gets it while its server is down for a moment."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no port is free between 10000 and 32000")
 
 
 def wait_for_port(address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -6,9 +6,12 @@ that make them are a whole, smaller tokenizer.
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+
+from trainer_node.runtime.gguf_file import read_metadata
 
 VOCABULARY, HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, CONTEXT = 1024, 64, 160, 2, 4, 2, 2048
 MERGES_FROM = 252  # id of the piece that the first merge makes
@@ -23,7 +26,7 @@ def smollm2_gguf() -> Path:
 
 def write_tiny_model(path: Path, seed: int = 0) -> Path:
     """Write the GGUF (about 1 MB, float32)."""
-    source = gguf.GGUFReader(smollm2_gguf())
+    source = read_metadata(smollm2_gguf())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
     writer.add_name("tiny")
@@ -48,22 +51,19 @@ def write_tiny_model(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def _copy_tokenizer(source: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
-    def first(key: str, count: int) -> list[object]:
-        return source.fields[key].contents(slice(0, count))
-
+def _copy_tokenizer(source: dict[str, Any], writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(first("tokenizer.ggml.tokens", VOCABULARY))
-    writer.add_token_types(first("tokenizer.ggml.token_type", VOCABULARY))
-    writer.add_token_merges(first("tokenizer.ggml.merges", VOCABULARY - MERGES_FROM))
+    writer.add_token_list(source["tokenizer.ggml.tokens"][:VOCABULARY])
+    writer.add_token_types(source["tokenizer.ggml.token_type"][:VOCABULARY])
+    writer.add_token_merges(source["tokenizer.ggml.merges"][: VOCABULARY - MERGES_FROM])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(source.fields["tokenizer.chat_template"].contents())
+    writer.add_chat_template(source["tokenizer.chat_template"])
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

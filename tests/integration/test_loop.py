@@ -134,6 +134,9 @@ def test_the_loop_closes_and_a_second_run_reuses_everything(home: Path, loop: Pa
     assert [campaign["state"] for campaign in status["campaigns"]] == ["complete"]
     assert [job["state"] for job in status["nodes"][0]["jobs"]] == ["SUCCEEDED"]
     assert [model["tag"] for model in status["nodes"][0]["models"]] == ["hafs-tiny:v1"]
+    (step,) = json.loads(finished(hafs("lineage", "hafs-tiny:latest", "--json")))
+    assert sorted(origin["id"] for origin in step["samples"]) == sorted(sample_ids(home))
+    assert (step["version"]["tag"], step["campaigns"][0]["name"], step["missing"]) == ("hafs-tiny:v1", "tiny", [])
     answer = finished(hafs("chat", "hafs-tiny", "--prompt", "What does LDA #$10 do?"))
     assert answer.strip()
     missing = finished(hafs("chat", "no-such-model", "--prompt", "x"), 14)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,19 @@ import pytest
 import zstandard
 
 from config.contracts.base import Tolerant
-from config.contracts.job import JobError, JobResult, JobSpec, JobState, Metrics, TrainJob, TrainOptions
+from config.contracts.job import ExportOptions, JobError, JobResult, JobSpec, JobState, Metrics, TrainJob, TrainOptions
 from config.contracts.manifest import DataKind, DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Provenance, Sample
+from config.contracts.wire import ExportArgs
+from config.errors import JobFailed
 from tests.fakes.hub import COMMIT, Hub
 from tests.fakes.tiny_model import smollm2_gguf, write_tiny_model
 from tests.fakes.waiting import wait_for
+from trainer_node.export.quantize import choose
+from trainer_node.export.request import ask
 from trainer_node.jobdir import STOPPED, JobDir
 from trainer_node.ollama import OllamaApi
-from trainer_node.registry import resolve, versions
+from trainer_node.registry import resolve, save, versions
 from trainer_node.runtime.launch import ensure_runtime
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -164,7 +169,8 @@ def test_sft_ends_in_a_model_that_answers(root: Path, api: OllamaApi, tuned: Job
     assert [line.step for line in lines] == list(range(1, result.steps + 1))
     assert all(line.lr is not None and line.tokens_per_s and line.memory_mb for line in lines)
     kept = {path.name for path in (root / result.folder).iterdir()}
-    assert kept == {"adapter", "adapter.gguf", "job.json", "metrics.jsonl", "training_stats.json", "evaluation.json"}
+    files = {"adapter", "adapter.gguf", "Modelfile", "metrics.jsonl"}
+    assert kept == files | {f"{name}.json" for name in ("job", "training_stats", "evaluation", "probes", "export", "dress")}
     assert [model.tag for model in versions(root)][:1] == ["hafs-tiny:v1"]
     stage = tuned.stage(1)
     assert stage is not None
@@ -180,6 +186,74 @@ def test_a_lost_registration_is_repeated_without_training(root: Path, tuned: Job
     assert tuned.metrics_file.read_bytes() == before
     assert tuned.result() == first
     assert len([model for model in versions(root) if model.tag.startswith("hafs-tiny:")]) == 1
+
+
+def test_a_merged_job_registers_one_quantized_gguf(root: Path, api: OllamaApi, tuned: JobDir) -> None:
+    """What the other job has trained, merged and quantized: nothing is trained again."""
+    job = tuned.job()
+    options = ExportOptions(route="merged", quantize="Q8_0", size="14b")
+    job_dir = JobDir(root / "jobs" / "merged")
+    spec = job.spec.model_copy(update={"name": "hafs-merged", "export": options})
+    job_dir.write_job(job.model_copy(update={"spec": spec}))
+    shutil.copytree(tuned.adapter, job_dir.adapter)
+    for name in ("metrics.jsonl", "training_stats.json", "evaluation.json", "probes.json"):
+        shutil.copy2(tuned.path / name, job_dir.path / name)
+    finish(job_dir, 1)
+    result = job_dir.result()
+    assert result is not None
+    assert (result.model, result.aliases) == ("hafs-merged:14b-v1", ["hafs-merged:14b", "hafs-merged:latest"])
+    reply = api.chat("hafs-merged:14b", [{"role": "user", "content": "What is 9?"}], options={})
+    assert (reply["message"]["content"], reply["done_reason"]) == ("yes it is.", "stop")
+    record = resolve(root, "hafs-merged")
+    assert (record.route, record.quantized, record.quantizer) == ("merged", "Q8_0", choose("Q8_0").name)
+    kept = {path.name for path in (root / record.folder / "gguf").iterdir()}
+    assert kept == {"Q8_0.gguf", "Q8_0.Modelfile"}, "nothing that was needed in between is left"
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "files"),
+    [
+        ("merged", "Q4_K_M", ["gguf/{made}.gguf", "gguf/{made}.Modelfile"]),
+        ("merged", "", ["gguf/{made}.gguf", "gguf/{made}.Modelfile"]),
+        ("adapter", "", ["adapter.gguf", "Modelfile"]),
+        ("hf", "", ["merged"]),
+    ],
+)
+def test_another_form_of_a_version_is_made_on_request(
+    root: Path, api: OllamaApi, tuned: JobDir, route: str, asked: str, files: list[str]
+) -> None:
+    """By a process of its own; asked again it is there already. A machine without llama-quantize makes no Q4_K_M, and says so."""
+    made = "" if route != "merged" else choose(asked).makes if asked else "F16"
+    files = [name.format(made=made) for name in files]
+    folder = root / resolve(root, "hafs-tiny").folder
+    (folder / "adapter.gguf").unlink(missing_ok=True)
+    args = ExportArgs.model_validate({"model": "hafs-tiny", "route": route, "quantize": asked, "wait_s": 30})
+    state = ask(root, args)
+    assert (state.state, state.files, state.quantized, state.error) == ("done", files, made, None), state
+    assert (f"{made} stands in for {asked}" in state.note) == (made not in ("", "F16", asked))
+    stamps = [(folder / name).stat().st_mtime_ns for name in files]
+    assert ask(root, args) == state
+    assert stamps == [(folder / name).stat().st_mtime_ns for name in files]
+    if route == "merged":
+        name = f"again-{made.lower()}"  # of its own: one that is loaded is not made anew
+        api.create(name, files={"model.gguf": folder / files[0]}, system=SYSTEM)
+        reply = api.chat(name, [{"role": "user", "content": "What is 9?"}], options={"num_predict": 9, "temperature": 0})
+        said = reply["message"]["content"]  # four bits are few for a matrix of 64 by 64
+        assert said == "yes it is." if made == "F16" else said.startswith("yes")
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".partial") or path.name == ".F16.gguf"]
+
+
+def test_an_export_that_cannot_be_made_says_why(root: Path, tuned: JobDir) -> None:
+    record = resolve(root, "hafs-tiny")
+    save(root, record.model_copy(update={"base_sha256": "0" * 64}))
+    try:
+        state = ask(root, ExportArgs(model="hafs-tiny", route="merged", quantize="Q5_1", wait_s=30))
+    finally:
+        save(root, record)
+    assert state.state == "failed" and state.error is not None
+    assert "no longer the file" in state.error.message
+    with pytest.raises(JobFailed, match="does not go with"):
+        ask(root, ExportArgs(model="hafs-tiny", route="hf", quantize="Q8_0"))
 
 
 def test_dpo_goes_on_from_the_sft_adapter(root: Path, tuned: JobDir) -> None:

@@ -1,4 +1,4 @@
-"""Registration: version first, gate, then the alias. A tag that hafs did not make is never moved.
+"""Registration: version first, gate, then the aliases. A tag that hafs did not make is never moved.
 
 Run again for the same job it registers the same version, from the same files.
 """
@@ -6,102 +6,184 @@ Run again for the same job it registers the same version, from the same files.
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
+from config.contracts.base import Tolerant
 from config.contracts.job import JobResult, JobSpec
-from config.files import sync_folder
+from config.errors import GateFailed, translate_os_errors
+from config.files import replace, sync_folder, write_atomic
 from trainer_node import registry
+from trainer_node.aliases import promote
+from trainer_node.base_model import base_tag
 from trainer_node.export.gate import require_gate
+from trainer_node.export.modelfile import Dress, modelfile
+from trainer_node.export.probes import Probes
 from trainer_node.jobdir import JobDir
 from trainer_node.ollama import OllamaApi
 from trainer_node.registry import ModelRecord
-from trainer_node.train.base import BaseModel
 
 log = logging.getLogger("hafs")
-KEPT = ("adapter", "adapter.gguf", "job.json", "metrics.jsonl", "training_stats.json", "evaluation.json")
-CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")
+KEPT = (
+    "adapter",
+    "adapter.gguf",
+    "gguf",
+    "job.json",
+    "metrics.jsonl",
+    "training_stats.json",
+    "evaluation.json",
+    "probes.json",
+    "export.json",
+)
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<eos>", "</s>")
 MIN_CONTEXT = 2048
+DRESS = "dress.json"
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What the gate asks, and the length of that prompt as it was trained."""
+class Exported(Tolerant):
+    """export.json: what is to be served. `file` is named below the job's folder; `note` says what is not as it was asked for."""
 
-    messages: list[dict[str, str]]
-    prompt_tokens: int
-    special: list[str]
+    route: str
+    file: str
+    quantized: str = ""
+    quantizer: str = ""
+    note: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """The weights are those that were trained, but for rounding to 16 bits."""
+        return self.route == "adapter" or self.quantized == "F16"
+
+    @property
+    def modelfile(self) -> str:
+        """Where the Modelfile stands: beside the GGUF."""
+        path = Path(self.file)
+        return "Modelfile" if self.route == "adapter" else path.with_name(f"{path.stem}.Modelfile").as_posix()
 
 
-def register(api: OllamaApi, draft: ModelRecord, base: BaseModel, spec: JobSpec, job_dir: JobDir, probe: Probe) -> ModelRecord:
+def register(
+    api: OllamaApi,
+    draft: ModelRecord,
+    exported: Exported,
+    base: Path,
+    context: int,
+    spec: JobSpec,
+    job_dir: JobDir,
+    probes: Probes,
+) -> ModelRecord:
     """Create the next version at the server, pass the gate, record it.
+
+    Args:
+        base: the GGUF of the base, for an adapter.
+        context: tokens that the base can take.
 
     Raises:
         GateFailed: the version stays at the server and in the registry for inspection, but does not count.
     """
-    root = job_dir.root
-    tags = api.tags()
+    assert draft.perplexity is not None
+    root, tags = job_dir.root, api.tags()
     record = registry.reserve(root, draft, tags)
     if record.passed and tags.get(record.tag) == record.digest:
         log.info("%s is registered already", record.tag)
         return record
-    keep_files(job_dir, root / record.folder)
-    stops = [stop for stop in CHATML_STOPS if stop in probe.special]
-    log.info("creating %s from %s and its adapter", record.tag, base.tag)
+    dress = dress_of(api, base_tag(record.base_sha256), tags, spec, served_parameters(spec, probes.special, context))
+    beside = {exported.modelfile: modelfile_of(exported, record, dress), DRESS: dress.model_dump_json(indent=1)}
+    keep_files(job_dir, root / record.folder, beside)
+    file = job_dir.path / exported.file
+    adapter = exported.route == "adapter"
+    log.info("creating %s from %s", record.tag, "the base and its adapter" if adapter else f"a GGUF of {exported.quantized}")
     api.create(
         record.tag,
-        files={"base.gguf": base.path},
-        adapters={"adapter.gguf": job_dir.adapter_gguf},
-        system=spec.system or None,
-        parameters={"stop": stops, "temperature": 0, "num_ctx": min(base.context, max(MIN_CONTEXT, 2 * spec.train.max_length))},
+        files={"base.gguf": base} if adapter else {"model.gguf": file},
+        adapters={"adapter.gguf": file} if adapter else {},
+        system=dress.system or None,
+        template=dress.template or None,
+        parameters=dress.parameters,
+        licenses=dress.licenses,
     )
-    answer = require_gate(api, record.tag, probe.prompt_tokens, probe.messages, probe.special)
+    record = record.model_copy(update={"digest": api.tags()[record.tag], "fault": ""})
+    try:
+        answer = require_gate(api, record.tag, probes, draft.perplexity, exact=exported.exact)
+    except GateFailed as error:
+        registry.save(root, record.model_copy(update={"fault": str(error)}))
+        raise
     log.info("smoke gate passed; asked %r it says %r", spec.probe, answer)
-    record = record.model_copy(update={"passed": True, "digest": api.tags()[record.tag]})
+    record = record.model_copy(update={"passed": True})
     registry.save(root, record)
     return record
 
 
-def move_alias(api: OllamaApi, root: Path, record: ModelRecord) -> tuple[ModelRecord, str]:
-    """Copy the version to `<name>:latest`, unless someone else made the model of that name.
-
-    Returns:
-        The record, with its alias if it was moved, and else a note that says why not.
-    """
-    alias = f"{record.name}:latest"
-    present = {digest for tag, digest in api.tags().items() if tag.casefold() == alias.casefold()}  # as the server compares
-    ours = {other.digest for other in registry.records(root) if other.digest}
-    if present - ours:
-        note = f"{alias} at the server was not made by hafs and was left alone; use {record.tag}, or copy it yourself"
+def promoted(api: OllamaApi, root: Path, record: ModelRecord, spec: JobSpec) -> tuple[ModelRecord, str]:
+    """Move the aliases, unless the job leaves that to a person; the record as it is then, and what there is to say."""
+    if spec.export.promote == "eval":
+        return record, f"no alias was moved: look at it, then hafs models promote {record.tag}"
+    notes = promote(api, root, record.tag).notes
+    for note in notes:
         log.info(note)
-        return record, note
-    api.copy(record.tag, alias)
-    record = record.model_copy(update={"alias": alias})
-    registry.save(root, record)
-    log.info("%s is now %s", alias, record.tag)
-    return record, ""
+    return registry.resolve(root, record.tag), "; ".join(notes)
 
 
-def keep_files(job_dir: JobDir, target: Path) -> None:
-    """Put the results under their own name: linked where the disk can, else copied. The folder appears whole."""
+def served_parameters(spec: JobSpec, special: Sequence[str], context: int) -> dict[str, Any]:
+    """What the server is told: where a turn ends, no chance in answers, room for a conversation."""
+    stops = [stop for stop in TURN_ENDS if stop in special]
+    return {"stop": stops, "temperature": 0, "num_ctx": min(context, max(MIN_CONTEXT, 2 * spec.train.max_length))}
+
+
+def dress_of(api: OllamaApi, base: str, tags: Container[str], spec: JobSpec, parameters: dict[str, Any]) -> Dress:
+    """What the tag of the base says is carried over; what the training needs comes on top."""
+    if base not in tags:
+        return Dress(system=spec.system, parameters=parameters)
+    carried = api.dressing(base)
+    stops = list(dict.fromkeys([*parameters["stop"], *carried.parameters.get("stop", [])]))
+    return Dress(
+        system=spec.system,
+        template=carried.template,
+        parameters={**carried.parameters, **parameters, "stop": stops},
+        licenses=list(carried.licenses),
+    )
+
+
+def modelfile_of(exported: Exported, record: ModelRecord, dress: Dress) -> str:
+    """The Modelfile beside an exported GGUF."""
+    name = f"./{Path(exported.file).name}"
+    if exported.route != "adapter":
+        by = f", made by {exported.quantizer}" if exported.quantizer else ""
+        about = f"{record.tag}: base and adapter merged, weights in {exported.quantized}{by}"
+        return modelfile(name, dress, comment=about)
+    about = (
+        f"{record.tag}: an adapter on {record.base}\nFROM has to be that very file; a server without ADAPTER needs a merged GGUF"
+    )
+    return modelfile(base_tag(record.base_sha256), dress, adapter=name, comment=about)
+
+
+def keep_files(job_dir: JobDir, target: Path, beside: dict[str, str]) -> None:
+    """Put the results under their own name: linked where the disk can, else copied. The folder appears whole.
+
+    Args:
+        beside: texts of further files, by their names below the folder.
+    """
     partial = target.with_name(target.name + ".partial")
-    for folder in (partial, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in KEPT:
-        source = job_dir.path / name
-        if source.is_dir():
-            shutil.copytree(source, partial / name, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(str(source), str(partial / name))
-    os.replace(partial, target)
-    sync_folder(target.parent)
+    with translate_os_errors(target):
+        for folder in (partial, target):
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for source in (job_dir.path / name for name in KEPT):
+            if source.is_dir():
+                shutil.copytree(source, partial / source.name, copy_function=_link_or_copy)
+            elif source.exists():
+                _link_or_copy(str(source), str(partial / source.name))
+        for name, text in beside.items():
+            write_atomic(partial / name, text.encode())
+        replace(partial, target)
+        sync_folder(target.parent)
 
 
 def result_of(record: ModelRecord, note: str, runtime: str, train_s: float, steps: int) -> JobResult:
     return JobResult(
         model=record.tag,
-        alias=record.alias,
+        alias=record.view().alias,
+        aliases=record.aliases,
         note=note,
         folder=record.folder,
         runtime=runtime,

@@ -18,9 +18,10 @@ from trainer_node.runtime.engine import Engine, EngineSpec, Piece, default_threa
 from trainer_node.runtime.models import ApiError, Model, Store
 from trainer_node.runtime.options import keep_alive_s, merged_options, schema_of
 from trainer_node.runtime.pool import Pool
-from trainer_node.runtime.requests import json_body, json_reply, line, ndjson_reply
-from trainer_node.runtime.templates import GoTemplate
+from trainer_node.runtime.prompts import Prompts
+from trainer_node.runtime.requests import json_body, json_reply, line, stream_reply
 
+TOO_LONG = "the input length exceeds the context length"
 UNSUPPORTED = ("suffix", "images", "template", "context")  # of generate; ignoring them would answer another question
 
 
@@ -37,6 +38,7 @@ class Order:
     request: dict[str, Any]  # for llama.cpp
     stream: bool
     with_context: bool
+    truncate: bool  # False: a prompt that does not fit is refused, not cut
     part: Callable[[str], dict[str, Any]]
 
 
@@ -52,7 +54,7 @@ class Answers:
     def __init__(self, store: Store, pool: Pool) -> None:
         self._store = store
         self._pool = pool
-        self._templates: dict[str, GoTemplate] = {}
+        self._prompts = Prompts()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await json_body(request)
@@ -62,15 +64,20 @@ class Answers:
         if not isinstance(messages, list):
             kind = "string" if isinstance(messages, str) else "object"
             raise ApiError(400, f"json: cannot unmarshal {kind} into Go struct field ChatRequest.messages of type []api.Message")
+        if not messages:
+            keep_s = keep_alive_s(body.get("keep_alive"))
+            return await self._load_or_unload(body, self._find(body), keep_s, chat_part)
+        return await self._answer(request, self.chat_order(body))
+
+    def chat_order(self, body: dict[str, Any]) -> Order:
+        """A request of /api/chat with messages, checked. Raises ApiError."""
         keep_s = keep_alive_s(body.get("keep_alive"))
         model = self._find(body)
-        if not messages:
-            return await self._load_or_unload(body, model, keep_s, chat_part)
         self._check_capability(body, model, "chat")
-        history = [*model.messages, *({"role": str(m.get("role", "")), "content": str(m.get("content") or "")} for m in messages)]
-        if model.system and messages[0].get("role") != "system":
+        history = [_message(entry) for entry in [*model.messages, *body["messages"]]]
+        if model.system and _message(body["messages"][0])["role"] != "system":
             history = [{"role": "system", "content": model.system}, *history]
-        return await self._answer(request, self._order(body, model, keep_s, chat_part, history, None))
+        return self._order(body, model, keep_s, chat_part, history, None)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await json_body(request)
@@ -85,7 +92,7 @@ class Answers:
                 raise ApiError(400, f"{name} is not supported by this server")
         system = str(body.get("system") or model.system)
         history = [{"role": "system", "content": system}] if system else []
-        history += [*model.messages, {"role": "user", "content": prompt}]
+        history += [*map(_message, model.messages), {"role": "user", "content": prompt}]
         raw = prompt if body.get("raw") else None
         return await self._answer(request, self._order(body, model, keep_s, generate_part, history, raw))
 
@@ -102,7 +109,7 @@ class Answers:
         async with self._engine(body["model"], model, options, keep_alive_s(body.get("keep_alive"))) as engine:
             for text in texts:
                 if body.get("truncate") is False and len(await engine.tokenize(str(text))) > engine.spec.num_ctx:
-                    raise ApiError(400, "the input length exceeds the context length")
+                    raise ApiError(400, TOO_LONG)
         raise ApiError(501, "This server does not support embeddings. Start it with `--embeddings`")
 
     async def tokenize(self, request: web.Request) -> web.Response:
@@ -146,9 +153,19 @@ class Answers:
             request["json_schema"] = schema
         if body.get("logprobs"):
             request["n_probs"] = max(1, int(body.get("top_logprobs") or 0))
-        with_context = part is generate_part and raw_prompt is None
-        stream = body.get("stream") is not False
-        return Order(str(body["model"]), model, options, keep_s, messages, raw_prompt, request, stream, with_context, part)
+        return Order(
+            asked=str(body["model"]),
+            model=model,
+            options=options,
+            keep_alive_s=keep_s,
+            messages=messages,
+            raw_prompt=raw_prompt,
+            request=request,
+            stream=body.get("stream") is not False,
+            with_context=part is generate_part and raw_prompt is None,
+            truncate=body.get("truncate") is not False,
+            part=part,
+        )
 
     @asynccontextmanager
     async def _engine(self, asked: str, model: Model, options: dict[str, Any], keep_s: float) -> AsyncIterator[Engine]:
@@ -174,12 +191,12 @@ class Answers:
         return json_reply({"model": body["model"], "created_at": _now(), **part(""), "done": True, "done_reason": reason})
 
     async def _answer(self, request: web.Request, order: Order) -> web.StreamResponse:
-        chunks = self._chunks(order)
+        chunks = self.chunks(order)
         try:
             first = await anext(chunks)  # errors up to here have their own status
             if not order.stream:
                 return json_reply(await _gathered(first, chunks, order))
-            response = await ndjson_reply(request)
+            response = await stream_reply(request)
             await response.write(line(first))
             try:
                 async for chunk in chunks:
@@ -190,14 +207,16 @@ class Answers:
         finally:
             await chunks.aclose()
 
-    async def _chunks(self, order: Order) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as NDJSON objects, the last with `done: true`."""
+    async def chunks(self, order: Order) -> AsyncGenerator[dict[str, Any]]:
+        """The answer as objects of Ollama's stream, the last with `done: true`."""
         started = time.monotonic_ns()
         head = {"model": order.asked}
         async with self._engine(order.asked, order.model, order.options, order.keep_alive_s) as engine:
             loaded = time.monotonic_ns()
-            text = order.raw_prompt if order.raw_prompt is not None else await self._prompt(engine, order)
-            prompt = cut(await engine.tokenize(text), engine.spec.num_ctx, order.options["num_keep"])
+            whole = await self._prompt(engine, order)
+            prompt = cut(whole, engine.spec.num_ctx, order.options["num_keep"])
+            if len(prompt) < len(whole) and not order.truncate:
+                raise ApiError(400, TOO_LONG)
             answer = ""
             pieces = engine.complete(prompt, order.request)
             try:
@@ -208,20 +227,26 @@ class Answers:
                         if piece.text:
                             yield {**head, "created_at": _now(), **order.part(piece.text), "done": False, **logprobs}
                         continue
-                    context = {"context": await engine.tokenize(text + answer)} if order.with_context else {}
+                    context = {"context": prompt + await engine.tokenize_text(answer)} if order.with_context else {}
                     end = {"done": True, "done_reason": piece.done_reason, **context}
                     counts = _counts(started, loaded, len(prompt), piece)
-                    yield {**head, "created_at": _now(), **order.part(piece.text), **end, **counts}
+                    yield {**head, "created_at": _now(), **order.part(piece.text), **end, **counts, **logprobs}
             finally:
                 await pieces.aclose()
 
-    async def _prompt(self, engine: Engine, order: Order) -> str:
-        source = order.model.template
-        if source is None:
-            return await engine.apply_template(order.messages)
-        if source not in self._templates:
-            self._templates[source] = GoTemplate(source)
-        return self._templates[source].render(order.messages)
+    async def _prompt(self, engine: Engine, order: Order) -> list[int]:
+        if order.raw_prompt is not None:
+            return await engine.tokenize(order.raw_prompt)
+        return await self._prompts.tokens(engine, order.model, order.messages)
+
+
+def _message(entry: Any) -> dict[str, str]:
+    """What a template is told. Raises ApiError (400)."""
+    if not isinstance(entry, dict):
+        raise ApiError(400, "json: cannot unmarshal a message: an object is expected")
+    if entry.get("images"):
+        raise ApiError(400, "images are not supported by this server")
+    return {"role": str(entry.get("role") or ""), "content": str(entry.get("content") or "")}
 
 
 def cut(tokens: list[int], num_ctx: int, num_keep: int) -> list[int]:

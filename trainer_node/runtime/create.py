@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer_node.runtime.gguf_file import GgufFile, NotGguf, read_gguf
+from trainer_node.runtime.go_template import GoTemplate, TemplateError
 from trainer_node.runtime.models import ApiError, Layer, Model, ModelName, Store
-from trainer_node.runtime.templates import GoTemplate, TemplateError, family_of
+from trainer_node.runtime.templates import family_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def create(store: Store, name: ModelName, body: dict[str, Any]) -> Generator[str
         ApiError: nothing was made.
     """
     if body.get("quantize") or body.get("quantization"):
+        yield "parsing GGUF"
         raise ApiError(400, "quantizing is not supported: quantize GGUF models with llama.cpp tools before importing")
     steps: list[Step] = []
     config: dict[str, Any] = {}
@@ -96,7 +98,7 @@ def _from_files(store: Store, files: dict[str, str], config: dict[str, Any]) -> 
         steps.append(Step(Layer(kind, digest, path.stat().st_size), f"using existing layer {digest}"))
         if not gguf.is_adapter:
             steps += _family_steps(store, gguf)
-        if not gguf.is_adapter or not config:
+        if not gguf.is_adapter:
             config = _config(gguf, config)
     return steps, config
 

@@ -27,6 +27,10 @@ FIELDS = ["content", "stop", "stop_type", "tokens_predicted", "timings", "comple
 SPIN_COUNT = "10000"
 
 
+class NoRoom(ApiError):
+    """There is too little memory for the model now."""
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """What is loaded. `num_ctx` is the context of one request, in tokens; `parallel` requests are batched together."""
@@ -61,8 +65,13 @@ class Engine:
         self._bos: list[int] = []
 
     @classmethod
-    async def start(cls, spec: EngineSpec) -> "Engine":
-        """Load the model. Raises ApiError (500) with llama.cpp's reason."""
+    async def start(cls, spec: EngineSpec, needed_bytes: int = 0) -> "Engine":
+        """Load the model, unless `needed_bytes` of memory are not free (looked at where no GPU takes a part).
+
+        Raises:
+            NoRoom: too little memory.
+            ApiError: 500, with llama.cpp's reason.
+        """
         key = secrets.token_urlsafe(24)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "trainer_node.runtime.runner"),
@@ -71,7 +80,9 @@ class Engine:
             stdout=asyncio.subprocess.PIPE,
         )
         try:
-            greeting = await asyncio.wait_for(_greet(process, {**asdict(spec), "key": key}), LOAD_TIMEOUT_S)
+            greeting = await asyncio.wait_for(
+                _greet(process, {**asdict(spec), "needed_bytes": needed_bytes, "key": key}), LOAD_TIMEOUT_S
+            )
         except TimeoutError as error:
             await _end(process)
             raise ApiError(500, "timed out waiting for the model to load") from error
@@ -103,6 +114,14 @@ class Engine:
         tokens = await self._tokenize(text)
         return tokens[len(self._bos) :] if self._bos and tokens[: 2 * len(self._bos)] == 2 * self._bos else tokens
 
+    async def tokenize_text(self, text: str) -> list[int]:
+        """Tokens of what somebody wrote, special tokens not parsed and none added."""
+        return list((await self._call("/tokenize", {"content": text, "add_special": False, "parse_special": False}))["tokens"])
+
+    def with_bos(self, tokens: list[int]) -> list[int]:
+        """A prompt in parts, with the BOS that the model adds unless it is there."""
+        return tokens if tokens[: len(self._bos)] == self._bos else [*self._bos, *tokens]
+
     async def apply_template(self, messages: list[dict[str, Any]]) -> str:
         """The prompt by the Jinja template inside the GGUF. Raises ApiError (400) where it refuses the messages."""
         answer = await self._call("/apply-template", {"messages": messages})
@@ -119,8 +138,7 @@ class Engine:
                     raise ApiError(500, _reason(line[7:]))
 
     async def _tokenize(self, text: str) -> list[int]:
-        answer = await self._call("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-        return list(answer["tokens"])
+        return list((await self._call("/tokenize", {"content": text, "add_special": True, "parse_special": True}))["tokens"])
 
     async def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         async with self._post(path, body) as response:
@@ -144,6 +162,8 @@ async def _greet(process: asyncio.subprocess.Process, request: dict[str, Any]) -
     await process.stdin.drain()
     line = await process.stdout.readline()
     answer: dict[str, Any] = json.loads(line) if line else {"error": f"the model runner ended with code {await process.wait()}"}
+    if answer.get("no_room"):
+        raise NoRoom(500, answer["error"])
     if "error" in answer:
         raise ApiError(500, f"unable to load model: {answer['error']}")
     return answer

@@ -1,21 +1,27 @@
 """The header of a GGUF file: metadata and the list of tensors, never their data.
 
 Every length and offset is checked against the size of the file before it is used. Arrays (vocabularies, merges) are stepped over:
-`gguf.GGUFReader` reads them into objects, which takes seconds for a real vocabulary.
+`gguf.GGUFReader` reads them into objects, which takes seconds for a real vocabulary. `read_vocabulary` reads the two of them that
+say which texts are control tokens.
 """
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 # GGUF's value types as struct formats
 SCALARS = dict(zip(range(13), ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d"), strict=True))
 STRING, ARRAY = 8, 9
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+
+T = TypeVar("T")
 
 
 class NotGguf(ValueError):
@@ -63,14 +69,37 @@ class GgufFile:
         return int(self.metadata.get(f"{self.architecture}.{key}") or 0)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """`name`: `general.name`; a token's id is its place in `tokens`, `types` are llama.cpp's; both empty if the file has none."""
+
+    name: str
+    tokens: list[str]
+    types: list[int]
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Raises NotGguf for junk and for a file whose tensors reach beyond its end; OSError if it cannot be opened."""
+    return _mapped(path, _read)
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Raises NotGguf for junk; OSError if it cannot be opened."""
+    return _mapped(path, _read_vocabulary)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Every key with its value, lists among them. Raises NotGguf for junk; OSError if it cannot be opened."""
+    return _mapped(path, _read_metadata)
+
+
+def _mapped(path: Path, read: "Callable[[_Cursor], T]") -> T:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise NotGguf("supplied file was not in GGUF format")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _read(_Cursor(data))
+                return read(_Cursor(data))
             except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
                 if isinstance(error, NotGguf):
                     raise
@@ -112,11 +141,44 @@ class _Cursor:
             else:
                 self.skip_array()
 
+    def array(self) -> list[Any]:
+        kind, count = self.number("I"), self.number("Q")
+        if count > len(self.data):
+            raise NotGguf("unexpected EOF")
+        return [self.value(kind) for _ in range(count)]
 
-def _read(cursor: _Cursor) -> GgufFile:
+
+def _counts(cursor: _Cursor) -> tuple[int, int]:
+    """Of tensors and of keys."""
     version, tensor_count, key_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
         raise NotGguf(f"unsupported GGUF version {version}")
+    return tensor_count, key_count
+
+
+def _read_metadata(cursor: _Cursor) -> dict[str, Any]:
+    _, key_count = _counts(cursor)
+    found: dict[str, Any] = {}
+    for _ in range(key_count):
+        key, kind = cursor.string(), cursor.number("I")
+        found[key] = cursor.array() if kind == ARRAY else cursor.value(kind)
+    return found
+
+
+def _read_vocabulary(cursor: _Cursor) -> Vocabulary:
+    found: dict[str, Any] = {}
+    _, key_count = _counts(cursor)
+    for _ in range(key_count):
+        key = cursor.string()
+        kind = cursor.number("I")
+        found[key] = cursor.array() if key in (TOKENS, TOKEN_TYPES) and kind == ARRAY else cursor.value(kind)
+    tokens, types = found.get(TOKENS) or [], found.get(TOKEN_TYPES) or []
+    whole = len(tokens) == len(types)
+    return Vocabulary(str(found.get("general.name") or ""), tokens if whole else [], types if whole else [])
+
+
+def _read(cursor: _Cursor) -> GgufFile:
+    tensor_count, key_count = _counts(cursor)
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = cursor.string()

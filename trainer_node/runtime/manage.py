@@ -17,7 +17,7 @@ from trainer_node.runtime.create import check, check_sources, create
 from trainer_node.runtime.gguf_file import GgufFile, read_gguf
 from trainer_node.runtime.models import ApiError, Model, ModelName, Store
 from trainer_node.runtime.pool import Pool
-from trainer_node.runtime.requests import json_body, json_reply, line, ndjson_reply
+from trainer_node.runtime.requests import json_body, json_reply, line, stream_reply
 
 HIDDEN = ("general.name", "tokenizer.chat_template")  # of the metadata that show tells
 
@@ -78,11 +78,11 @@ class Manage:
         try:
             check_sources(body)
         except ApiError as error:
-            return json_reply({"error": str(error)}, error.status, "application/json")
+            return json_reply({"error": str(error)}, error.status, "application/json", chunked=True)
         told = await asyncio.shield(asyncio.create_task(self._create(name, body)))  # a hang-up leaves no half-made model
         if body.get("stream") is False:
             return json_reply(told[-1], 400 if "error" in told[-1] else 200, "application/json")
-        response = await ndjson_reply(request)
+        response = await stream_reply(request)
         for entry in told:
             await response.write(line(entry))
         return response
@@ -91,15 +91,18 @@ class Manage:
         async with self._changing:
             return await asyncio.to_thread(_told, create(self._store, name, body))
 
-    async def has_blob(self, request: web.Request) -> web.Response:
+    async def has_blob(self, request: web.Request) -> web.StreamResponse:
         digest = request.match_info["digest"]
         path = self._store.blob(digest)
         if not path.exists():
             raise ApiError(404, f'blob "{digest}" not found')
-        return web.Response(headers={"Content-Length": str(path.stat().st_size)})
+        return web.StreamResponse()  # neither length nor type
 
     async def put_blob(self, request: web.Request) -> web.Response:
-        """201: stored; 200: it was there, the body is not read; 400: the bytes are not those of the digest, nothing is kept."""
+        """201: stored; 200: it was there already; 400: the bytes are those of another digest, under which they are kept.
+
+        The body of a blob that is there is not looked at.
+        """
         digest = request.match_info["digest"]
         path = self._store.blob(digest)
         if path.exists():
@@ -113,11 +116,11 @@ class Manage:
                     file.write(chunk)
                 await asyncio.to_thread(_sync, file.fileno())
             got = f"sha256:{seen.hexdigest()}"
-            if got != digest:
-                raise ApiError(400, f'digest mismatch, expected "{digest}", got "{got}"')
-            os.replace(temp, path)
+            os.replace(temp, self._store.blob(got))
         finally:
             _discard(Path(temp))
+        if got != digest:
+            raise ApiError(400, f'digest mismatch, expected "{digest}", got "{got}"')
         return web.Response(status=201)
 
     def _find(self, body: dict[str, Any], *, full: bool = False) -> Model:
@@ -158,14 +161,15 @@ def _details(model: Model) -> dict[str, Any]:
         "parent_model": model.parent,
         "format": config.get("model_format", ""),
         "family": config.get("model_family", ""),
-        "families": config.get("model_families", []),
+        "families": config.get("model_families"),
         "parameter_size": config.get("model_type", ""),
         "quantization_level": config.get("file_type", ""),
     }
 
 
 def _tag(model: Model) -> dict[str, Any]:
-    lengths = {name: model.config.get(name, 0) for name in ("context_length", "embedding_length")}
+    lengths = {name: model.config[name] for name in ("context_length", "embedding_length") if name in model.config}
+    capabilities = {"capabilities": ["completion"]} if model.weights else {}
     return {
         "name": str(model.name),
         "model": str(model.name),
@@ -173,7 +177,7 @@ def _tag(model: Model) -> dict[str, Any]:
         "size": model.size,
         "digest": model.digest,
         "details": _details(model) | lengths,
-        "capabilities": ["completion"],
+        **capabilities,
     }
 
 

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from trainer_node.runtime.engine import Engine, EngineSpec
+from trainer_node.runtime.engine import Engine, EngineSpec, NoRoom
+from trainer_node.runtime.memory import needed_bytes
 from trainer_node.runtime.models import ApiError, Model
 from trainer_node.runtime.options import FOREVER_S
 
@@ -113,7 +114,7 @@ class Pool:
             if entry and entry.spec == spec and not entry.closing and not _failed(entry):
                 break
             if not entry and len(self._loaded) < self.limits.max_loaded:
-                entry = Loaded(model, spec, asyncio.create_task(Engine.start(spec)), asyncio.Semaphore(spec.parallel))
+                entry = Loaded(model, spec, asyncio.create_task(self._load(spec)), asyncio.Semaphore(spec.parallel))
                 break
             idle = [other for other in self._loaded.values() if not other.users and entry in (None, other)]
             if idle:
@@ -129,6 +130,22 @@ class Pool:
         if entry.timer:
             entry.timer.cancel()
         return entry
+
+    async def _load(self, spec: EngineSpec) -> Engine:
+        """Start an engine; others leave for it, the least recently used first, once nobody uses them. Raises ApiError."""
+        needed = await asyncio.to_thread(needed_bytes, spec)
+        while True:
+            try:
+                return await Engine.start(spec, needed)
+            except NoRoom:
+                others = list(reversed(self.loaded()))  # without this one, and others that wait for room themselves
+                if not others:
+                    raise
+            if idle := [entry for entry in others if not entry.users]:
+                await asyncio.shield(self._close(idle[0]))
+            else:
+                self._changed.clear()
+                await self._changed.wait()
 
     def _leave(self, entry: Loaded, keep_alive_s: float, *, slot: bool) -> None:
         entry.users -= 1

@@ -1,5 +1,6 @@
 """How requests are read and answers framed: what Ollama's clients expect byte for byte.
 
+A short JSON answer tells its length, one that outgrows the buffer of Go's server is chunked, an empty one has no type.
 Only this machine is served: a Host that is not loopback (DNS rebinding) or a foreign Origin (a web page) is answered 403.
 """
 
@@ -16,6 +17,8 @@ from trainer_node.runtime.models import ApiError
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 JSON_TYPE = "application/json; charset=utf-8"
 MAX_BODY_BYTES = 64 * 2**20  # of JSON; blobs are streamed
+WHOLE_BYTES = 2048  # what Go's server holds back to learn the length
+OPENAI_PREFIX = "/v1/"
 
 
 async def json_body(request: web.Request) -> dict[str, Any]:
@@ -39,13 +42,28 @@ def _json_mistake(error: ValueError) -> str:
     return f"invalid character '{error.doc[error.pos]}' looking for beginning of {where}"
 
 
-def json_reply(value: Any, status: int = 200, content_type: str = JSON_TYPE) -> web.Response:
+def json_reply(value: Any, status: int = 200, content_type: str = JSON_TYPE, *, chunked: bool = False) -> web.Response:
     data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-    return web.Response(status=status, body=data, headers={"Content-Type": content_type})
+    response = web.Response(status=status, body=data, headers={"Content-Type": content_type})
+    if chunked or len(data) > WHOLE_BYTES:
+        response.enable_chunked_encoding()
+    return response
 
 
-async def ndjson_reply(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+def error_reply(request: web.Request, status: int, text: str) -> web.Response:
+    """An error, as the API that was asked tells it."""
+    if not request.path.startswith(OPENAI_PREFIX):
+        return json_reply({"error": text}, status)
+    return json_reply(openai_error(status, text), status, "application/json")
+
+
+def openai_error(status: int, text: str) -> dict[str, Any]:
+    kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
+    return {"error": {"message": text, "type": kind, "param": None, "code": None}}
+
+
+async def stream_reply(request: web.Request, content_type: str = "application/x-ndjson") -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": content_type})
     await response.prepare(request)
     return response
 
@@ -79,9 +97,9 @@ async def translate(request: web.Request, handler: Handler) -> web.StreamRespons
     try:
         return await handler(request)
     except ApiError as error:
-        return json_reply({"error": str(error)}, error.status)
+        return error_reply(request, error.status, str(error))
     except HafsError as error:  # a full disk
-        return json_reply({"error": str(error)}, 500)
+        return error_reply(request, 500, str(error))
     except web.HTTPNotFound:
         return _plain(404, "404 page not found")
     except web.HTTPMethodNotAllowed as error:

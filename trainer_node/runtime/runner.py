@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROMPT_CACHE_MIB = 1024  # prompts of earlier requests, kept in memory beside those in the slots
 
 
@@ -18,6 +20,8 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         server = _load(request)
+    except MemoryError as error:
+        answer = {"error": str(error), "no_room": True}
     except Exception as error:  # whatever the library raises is the answer
         answer = {"error": str(error) or "llama.cpp refused the file"}
     else:
@@ -31,6 +35,11 @@ def main() -> None:
 def _load(request: dict[str, Any]) -> Any:
     import xllamacpp
 
+    if not Path(request["weights"]).is_file():
+        raise FileNotFoundError(f"{request['weights']}: no such file")
+    gpu = _has_gpu()
+    if not gpu:
+        _require_room(request["needed_bytes"])
     params = xllamacpp.CommonParams()
     params.model.path = request["weights"]
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in request["adapters"]]
@@ -41,10 +50,15 @@ def _load(request: dict[str, Any]) -> Any:
     params.api_keys = [request["key"]]
     params.ui = params.endpoint_slots = False
     params.verbosity = 1  # errors
-    params.fit_params = _has_gpu()  # layers that do not fit stay on the CPU; it reads the model twice
-    if not Path(request["weights"]).is_file():
-        raise FileNotFoundError(f"{request['weights']}: no such file")
+    params.fit_params = gpu  # layers that do not fit stay on the CPU; it reads the model twice
     return xllamacpp.Server(params)
+
+
+def _require_room(needed_bytes: int) -> None:
+    available = psutil.virtual_memory().available
+    if needed_bytes > available:
+        need, there = (f"{size / 2**30:.1f} GiB" for size in (needed_bytes, available))
+        raise MemoryError(f"model requires more system memory ({need}) than is available ({there})")
 
 
 def _has_gpu() -> bool:

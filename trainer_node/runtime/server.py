@@ -21,6 +21,7 @@ from trainer_node.runtime.answers import Answers
 from trainer_node.runtime.launch import require_runtime
 from trainer_node.runtime.manage import Manage
 from trainer_node.runtime.models import Store
+from trainer_node.runtime.openai import OpenAi
 from trainer_node.runtime.pool import Limits, Pool
 from trainer_node.runtime.requests import MAX_BODY_BYTES, Handler, guard, json_reply, translate
 
@@ -77,6 +78,7 @@ def application(store: Store, pool: Pool, idle: "IdleTimer") -> web.Application:
     """The routes over a store and a pool of engines."""
     app = web.Application(middlewares=[guard, idle.middleware, translate], client_max_size=MAX_BODY_BYTES)
     manage, answers = Manage(store, pool), Answers(store, pool)
+    openai = OpenAi(store, answers)
     app.add_routes(
         [
             web.get("/", _alive),
@@ -93,6 +95,9 @@ def application(store: Store, pool: Pool, idle: "IdleTimer") -> web.Application:
             web.post("/api/generate", answers.generate),
             web.post("/api/embed", answers.embed),
             web.post("/api/tokenize", answers.tokenize),
+            web.get("/v1/models", openai.models),
+            web.get("/v1/models/{name:.+}", openai.model),
+            web.post("/v1/chat/completions", openai.chat),
         ]
     )
     return app

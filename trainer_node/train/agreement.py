@@ -1,4 +1,8 @@
-"""Training and serving split the same text into the same tokens, or nothing is trained."""
+"""Training and serving split the same text into the same tokens, or nothing is trained.
+
+Of a row whose messages quote a control token the rendered text alone does not tell what was quoted, so its messages are sent and
+the lengths compared. A server that cannot tokenize reads a quoted token as a control token: such rows are not held against it.
+"""
 
 from collections.abc import Sequence
 
@@ -6,7 +10,7 @@ from config.errors import JobFailed
 from trainer_node.dataset import Encoded
 from trainer_node.ollama import OllamaApi
 
-COUNTED_ROWS = 16  # a server that cannot tokenize is asked for the length of this many prompts
+COUNTED_ROWS = 16  # that many prompts are sent, where only their lengths can be compared
 
 
 def require_agreement(api: OllamaApi, model: str, rows: Sequence[Encoded]) -> str:
@@ -17,28 +21,36 @@ def require_agreement(api: OllamaApi, model: str, rows: Sequence[Encoded]) -> st
     Raises:
         JobFailed: naming the first row that differs, with both id lists or both lengths.
     """
-    asked: dict[str, list[int]] = {}
-    for number, row in enumerate(rows, 1):
-        for text, ids in zip((row.prompt, *row.answers), (row.prompt_ids, *row.answer_ids), strict=True):
-            if text in asked:
-                continue
-            served = api.tokenize(model, text)
-            if served is None:
-                return _compare_lengths(api, model, rows[:COUNTED_ROWS])
-            if served != ids:
-                raise _disagreement(number, text, f"trained as {ids}, served as {served}")
-            asked[text] = ids
-    return f"{len(rows)} rows have the same tokens at the runtime ({len(asked)} texts compared)"
+    numbered = list(enumerate(rows, 1))
+    plain = [(number, row) for number, row in numbered if not row.quotes]
+    quoting = [(number, row) for number, row in numbered if row.quotes]
+    first = api.tokenize(model, "")  # what the server puts before every text
+    if first is None:
+        _compare_lengths(api, model, plain[:COUNTED_ROWS])
+        told = f"{len(plain[:COUNTED_ROWS])} prompts have the same length at the runtime, which has no route to compare tokens"
+        return told + (f"; it reads control tokens as such in the {len(quoting)} rows that quote them" if quoting else "")
+    texts: set[str] = set()
+    for number, row in plain:
+        prompt_and_answers = zip((row.prompt, *row.answers), (row.prompt_ids, *row.answer_ids), strict=True)
+        for place, (text, ids) in enumerate(prompt_and_answers):
+            expected = [*first, *ids] if place else ids
+            served = api.tokenize(model, text) if text not in texts else expected
+            if served != expected:
+                raise _disagreement(number, text, f"trained as {expected}, served as {served}")
+            texts.add(text)
+    _compare_lengths(api, model, quoting[:COUNTED_ROWS])
+    also = f"; {len(quoting)} more quote control tokens: their prompts have the same length" if quoting else ""
+    return f"{len(plain)} rows have the same tokens at the runtime ({len(texts)} texts compared){also}"
 
 
-def _compare_lengths(api: OllamaApi, model: str, rows: Sequence[Encoded]) -> str:
-    for number, row in enumerate(rows, 1):
+def _compare_lengths(api: OllamaApi, model: str, rows: Sequence[tuple[int, Encoded]]) -> None:
+    room = max((len(row.prompt_ids) for _, row in rows), default=0) + 64  # one for all: another would load the model again
+    for number, row in rows:
         messages = [message.model_dump() for message in row.row.messages]
-        reply = api.chat(model, messages, options={"num_predict": 1, "temperature": 0, "num_ctx": len(row.prompt_ids) + 64})
+        reply = api.chat(model, messages, options={"num_predict": 1, "temperature": 0, "num_ctx": room})
         served = int(reply.get("prompt_eval_count", 0))
         if served != len(row.prompt_ids):
             raise _disagreement(number, row.prompt, f"trained with {len(row.prompt_ids)} tokens, served with {served}")
-    return f"{len(rows)} prompts have the same length at the runtime (this server has no route to compare tokens)"
 
 
 def _disagreement(number: int, text: str, difference: str) -> JobFailed:

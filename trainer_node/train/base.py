@@ -1,42 +1,35 @@
-"""Base model: a GGUF file. What is trained has the weights of the file and splits text as llama.cpp does.
+"""Base model: a GGUF file or a Hugging Face folder. What is trained has its weights and splits text as llama.cpp does.
 
-transformers reads a GGUF but marks the model as quantized and not trainable, and builds a tokenizer that splits
-text in its own way: both are mended here, and nowhere else.
+Reading one is light: the header of a file; of a folder its config, through transformers, and the headers of its weights.
 """
 
-import copy
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from config.contracts.base_name import FORM
 from config.errors import JobFailed
-from trainer_node.base_model import base_tag
+from trainer_node.base_model import base_sha256, base_tag, model_name
+from trainer_node.export.pre_tokenizers import by_name
+from trainer_node.runtime.gguf_file import NotGguf, read_gguf
 
-ARCHITECTURES = ("llama",)
-DIGITS_THEN_BYTES = ("smollm",)  # tokenizer.ggml.pre: each digit alone, then bytes
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")  # of a GGUF; those of a folder: export/architectures.py
 SHORT_ROW = 256  # tokens; up to here plain attention is faster on a CPU than the fused kernel (a step: 1.5 s, 2.0 s)
-LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A GGUF file and what its header says. Sizes are in parameters and tokens."""
+    """A base and what its header or config says. Sizes are in parameters and tokens."""
 
     path: Path
     name: str
     architecture: str
-    pre_tokenizer: str
     layers: int
     hidden: int
     feed_forward: int
-    heads: int
-    kv_heads: int
     context: int
     vocabulary: int
     parameters: int
@@ -44,12 +37,11 @@ class BaseModel:
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return base_sha256(self.path)
 
     @property
     def tag(self) -> str:
-        """The name under which this very file is registered at the runtime."""
+        """The name under which this very base is registered at the runtime."""
         return base_tag(self.sha256)
 
     def lora_parameters(self, rank: int) -> int:
@@ -57,69 +49,91 @@ class BaseModel:
 
 
 def read_base(path: Path) -> BaseModel:
-    """Read the header of a GGUF.
+    """Read the header of a GGUF, or the config and the headers of the weights of a folder.
 
     Raises:
-        JobFailed: no GGUF, an adapter, or an architecture or a pre-tokenizer that cannot be trained here.
+        JobFailed: neither, an adapter, or an architecture or a pre-tokenizer that cannot be trained here.
     """
+    return _of_folder(path) if path.is_dir() else _of_gguf(path)
+
+
+def _of_gguf(path: Path) -> BaseModel:
     try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise JobFailed(f"{path}: not a GGUF file: {error}", hint=f"`base` is a GGUF file, package:NAME or {FORM}") from error
-    wanted = ("general.", "llama.", "tokenizer.ggml.pre")  # not the lists of the vocabulary: they take seconds
-    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(wanted)}
-    architecture = str(fields.get("general.architecture", ""))
-    pre = str(fields.get("tokenizer.ggml.pre", ""))
-    if fields.get("general.type") == "adapter":
+        header = read_gguf(path)
+    except (OSError, NotGguf) as error:
+        hint = f"`base` is a GGUF file, a Hugging Face folder, package:NAME or {FORM}"
+        raise JobFailed(f"{path}: not a GGUF file: {error}", hint=hint) from error
+    if header.is_adapter:
         raise JobFailed(f"{path}: holds an adapter, not a model", hint="`base` is a whole model")
-    if architecture not in ARCHITECTURES:
+    if header.architecture not in ARCHITECTURES:
         raise JobFailed(
-            f"{path}: the architecture {architecture!r} cannot be trained", hint=f"these can: {', '.join(ARCHITECTURES)}"
+            f"{path}: the architecture {header.architecture!r} cannot be trained",
+            hint=f"these can: {', '.join(ARCHITECTURES)} (mistral is a llama in a GGUF)",
         )
-    if pre not in DIGITS_THEN_BYTES:
-        raise JobFailed(
-            f"{path}: the pre-tokenizer {pre!r} is not known here, training and serving would split text differently",
-            hint=f"bases with these can be trained: {', '.join(DIGITS_THEN_BYTES)}",
-        )
-    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    if header.metadata.get("tokenizer.ggml.model") != "llama":
+        by_name(str(header.metadata.get("tokenizer.ggml.pre", "")))
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     return BaseModel(
         path=path,
-        name=str(fields.get("general.name", path.stem)),
-        architecture=architecture,
-        pre_tokenizer=pre,
-        layers=fields["llama.block_count"],
-        hidden=fields["llama.embedding_length"],
-        feed_forward=fields["llama.feed_forward_length"],
-        heads=fields["llama.attention.head_count"],
-        kv_heads=fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"]),
-        context=fields["llama.context_length"],
+        name=str(header.metadata.get("general.name", path.stem)),
+        architecture=header.architecture,
+        layers=header.length("block_count"),
+        hidden=header.length("embedding_length"),
+        feed_forward=header.length("feed_forward_length"),
+        context=header.length("context_length"),
         vocabulary=shapes["token_embd.weight"][1],
+        parameters=sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_")),
+        linear=tuple((shape[0], shape[1]) for name, shape in shapes.items() if name.startswith("blk.") and len(shape) == 2),
+    )
+
+
+def _of_folder(path: Path) -> BaseModel:
+    from gguf import Keys
+
+    from trainer_node.export.architectures import architecture_of
+    from trainer_node.export.weights import tensors_of
+
+    found = architecture_of(path)
+    shapes = {name: tensor.shape for name, tensor in tensors_of(path).items()}  # (out, in)
+    if EMBEDDING not in shapes:
+        raise JobFailed(
+            f"{path}: its weights have no {EMBEDDING}", hint="take a model for text, as AutoModelForCausalLM saves it"
+        )
+    sizes = {key: int(found.metadata[key]) for key in (Keys.LLM.EMBEDDING_LENGTH, Keys.LLM.FEED_FORWARD_LENGTH)}
+    return BaseModel(
+        path=path,
+        name=model_name(path),
+        architecture=found.name,
+        layers=found.layers,
+        hidden=sizes[Keys.LLM.EMBEDDING_LENGTH],
+        feed_forward=sizes[Keys.LLM.FEED_FORWARD_LENGTH],
+        context=int(found.metadata[Keys.LLM.CONTEXT_LENGTH]),
+        vocabulary=shapes[EMBEDDING][0],
         parameters=sum(prod(shape) for shape in shapes.values()),
-        linear=tuple((shape[0], shape[1]) for name, shape in shapes.items() if name.split(".")[-2] in LINEAR),
+        linear=tuple((shape[1], shape[0]) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2),
     )
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """The base's tokenizer, splitting as llama.cpp does, with a padding token that is not the end token."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    """The base's tokenizer, splitting as llama.cpp does, with a padding token that is not the end token.
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
-    # transformers builds a plain ByteLevel, which differs from llama.cpp's smollm on whitespace before digits.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    if not tokenizer.chat_template or tokenizer.eos_token is None:
-        raise JobFailed(f"{base.path}: has no chat template or no end token", hint="take an instruct model as base")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        others = [token for token in [tokenizer.unk_token, *special_tokens(tokenizer)] if token and token != tokenizer.eos_token]
-        tokenizer.pad_token = others[0]
-    return tokenizer
+    Raises:
+        JobFailed: a tokenizer that is not known here, without a chat template or without an end token.
+    """
+    from trainer_node.export.vocabulary import read_folder, read_gguf_vocabulary
+    from trainer_node.train.tokenizer import build_tokenizer
+
+    folder = base.path.is_dir()
+    vocabulary = read_folder(base.path, base.vocabulary) if folder else read_gguf_vocabulary(base.path)
+    try:
+        return build_tokenizer(vocabulary, base.name)
+    except JobFailed as error:
+        raise JobFailed(f"{base.path}: {error}", hint=error.hint) from error
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """The texts that stand for control tokens: they may appear in no message and in no answer."""
-    return [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    """The texts that stand for control tokens: they may appear in no answer."""
+    return list(tokenizer.rules.special)
 
 
 def load_model(base: BaseModel, dtype: str, device: str, longest: int) -> Any:
@@ -129,15 +143,25 @@ def load_model(base: BaseModel, dtype: str, device: str, longest: int) -> Any:
         longest: tokens of the longest row it will see.
     """
     import torch
+
+    from trainer_node.train.gguf_model import load_gguf
+
+    attention = "eager" if device == "cpu" and longest <= SHORT_ROW else "sdpa"
+    if base.architecture == "gemma2":
+        attention = "eager"  # its attention caps the logits, which the fused kernel leaves out
+    loaded = _load_folder(base.path, dtype, attention) if base.path.is_dir() else load_gguf(base.path, attention)
+    loaded.config.use_cache = False
+    for parameter in loaded.parameters():  # and not the buffers: positions are rotated in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return loaded.to(device)
+
+
+def _load_folder(path: Path, dtype: str, attention: str) -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(base.path.parent, gguf_file=base.path.name, dtype=torch.float32)
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # Trainer refuses what was "quantized" (transformers: is_quantized)
-    config._name_or_path = ""  # else peft looks for a config.json beside the GGUF, and warns
-    attention = "eager" if device == "cpu" and longest <= SHORT_ROW else "sdpa"
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    fresh.load_state_dict(loaded.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.config.use_cache = False
-    return fresh.to(device=device, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True, trust_remote_code=False
+    )
+    model.config._name_or_path = ""  # a path of this node: peft would write it into the adapter
+    return model

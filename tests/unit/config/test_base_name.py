@@ -11,6 +11,8 @@ from config.contracts.job import JobSpec
         ("hf:bartowski/SmolLM2-135M-Instruct-GGUF/a.Q8_0.gguf", ("bartowski/SmolLM2-135M-Instruct-GGUF", "", "a.Q8_0.gguf")),
         ("hf:o/r@v1.0/f.gguf", ("o/r", "v1.0", "f.gguf")),
         ("hf:o/r@" + "a" * 40 + "/deep/er/f.gguf", ("o/r", "a" * 40, "deep/er/f.gguf")),
+        ("hf:Qwen/Qwen3-0.6B", ("Qwen/Qwen3-0.6B", "", "")),
+        ("hf:o/r@v1.0", ("o/r", "v1.0", "")),
     ],
 )
 def test_a_name_of_the_hub_and_back(base: str, meant: tuple[str, str, str]) -> None:
@@ -22,7 +24,8 @@ def test_a_name_of_the_hub_and_back(base: str, meant: tuple[str, str, str]) -> N
     "base",
     [
         "hf:",
-        "hf:o/r",
+        "hf:o",
+        "hf:o/r/",
         "hf:r.gguf",
         "hf://o/r/f.gguf",
         "hf:../../etc/passwd.gguf",
@@ -46,12 +49,12 @@ def test_what_is_none_is_refused(base: str) -> None:
 
 
 def test_other_files_of_a_repository_are_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"model\.safetensors is none.*convert_hf_to_gguf"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no GGUF file; write hf:o/r for the whole"):
         hub_file("hf:o/r/model.safetensors")
 
 
 def test_a_job_is_refused_where_it_is_written_down() -> None:
     assert JobSpec(kind="sft", name="m", base="hf:o/r/f.gguf", data=["d"]).base == "hf:o/r/f.gguf"
     assert JobSpec(kind="sft", name="m", base="/any/path", data=["d"])
-    with pytest.raises(ValidationError, match="only GGUF files"):
+    with pytest.raises(ValidationError, match="is no GGUF file"):
         JobSpec(kind="sft", name="m", base="hf:o/r/model.safetensors", data=["d"])

@@ -1,6 +1,7 @@
 """The GGUF adapter through llama.cpp computes what PEFT computes: the same log-probabilities, the same greedy tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import peft
 import pytest
 import torch
 import xllamacpp
+from safetensors.numpy import save_file
 
 from config.errors import JobFailed
 from tests.fakes.tiny_model import HEADS, HIDDEN, KV_HEADS, VOCABULARY, write_tiny_model
-from trainer_node.export.adapter import export_adapter, gguf_tensors, reorder_rows, scaled_alpha
+from trainer_node.export.adapter import export_adapter
+from trainer_node.export.architectures import architecture_of
+from trainer_node.export.lora import read_adapter
+from trainer_node.export.weights import tensors_of
 from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers so
@@ -75,7 +80,7 @@ def trained_logprobs(model: Any) -> tuple[list[int], np.ndarray]:
 
 def test_llama_cpp_computes_what_peft_computes(base: BaseModel, tuned: Any, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter.gguf"
-    export_adapter(adapter, base, target)
+    export_adapter(adapter, base.path, target)
     tokens, logprobs = trained_logprobs(tuned)
     served_tokens, served = served_logprobs(base.path, target)
     seen = np.isfinite(served)
@@ -97,7 +102,7 @@ def test_the_base_without_the_adapter_is_another_model(base: BaseModel, tuned: A
 
 def test_the_file_says_it_is_an_adapter(base: BaseModel, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter.gguf"
-    export_adapter(adapter, base, target)
+    export_adapter(adapter, base.path, target)
     reader = gguf.GGUFReader(target)
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
@@ -109,34 +114,72 @@ def test_the_file_says_it_is_an_adapter(base: BaseModel, adapter: Path, tmp_path
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_reordering_interleaves_the_halves_of_each_head() -> None:
+def test_reordering_interleaves_the_halves_of_each_head(base: BaseModel) -> None:
+    architecture = replace(architecture_of(base.path), head_dim=4)
     rows = np.arange(8, dtype=np.float32).reshape(8, 1)
-    assert reorder_rows(rows, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert architecture.interleave(rows)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert architecture.separate(architecture.interleave(rows)).tolist() == rows.tolist()
 
 
-def test_rslora_is_expressed_in_alpha() -> None:
-    assert scaled_alpha({"lora_alpha": 32, "r": 16}) == 32
-    assert scaled_alpha({"lora_alpha": 32, "r": 16, "use_rslora": True}) == 128  # 128/16 == 32/sqrt(16)
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+PAIR = {f"{MODULE}.lora_A.weight": (4, HIDDEN), f"{MODULE}.lora_B.weight": (HIDDEN, 4)}
+PLAIN = {"peft_type": "LORA", "lora_alpha": 8, "r": 4, "bias": "none"}
+
+
+def scale_of(folder: Path, base: BaseModel, config: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> float:
+    """Of the only module of an adapter with these tensors."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | config))
+    save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, folder / "adapter_model.safetensors")
+    (low_rank,) = read_adapter(folder, tensors_of(base.path, architecture_of(base.path).names)).values()
+    return low_rank.scale
 
 
 @pytest.mark.parametrize(
-    ("config", "tensor"),
+    ("config", "scale"),
     [
-        ({"use_dora": True}, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
-        ({"modules_to_save": ["lm_head"]}, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
-        ({}, "base_model.model.model.embed_tokens.lora_embedding_A"),
-        ({}, "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
-        ({}, "base_model.model.lm_head.lora_A.weight"),
+        ({}, 2.0),
+        ({"use_rslora": True}, 4.0),
+        ({"alpha_pattern": {"k_proj": 1, "q_proj": 3, "proj": 5}}, 0.75),
+        ({"alpha_pattern": {"proj": 1, r"layers\.0\.self_attn\..*": 6}, "use_rslora": True}, 3.0),
+        ({"rank_pattern": {"q_proj": 4}, "r": 99}, 2.0),  # the stored rank counts
     ],
 )
-def test_what_the_arithmetic_does_not_cover_is_refused(base: BaseModel, config: dict[str, Any], tensor: str) -> None:
-    with pytest.raises(JobFailed):
-        gguf_tensors({tensor: np.zeros((4, HIDDEN), np.float32)}, {"lora_alpha": 8, "r": 4, **config}, base)
+def test_the_scale_is_that_of_peft(base: BaseModel, tmp_path: Path, config: dict[str, Any], scale: float) -> None:
+    assert scale_of(tmp_path / "adapter", base, config, PAIR) == scale
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "told"),
+    [
+        ({"use_dora": True}, PAIR, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, PAIR, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, PAIR, "pissa"),
+        ({"init_lora_weights": "olora"}, PAIR, "olora"),
+        ({"lora_bias": True}, PAIR, "lora_bias"),
+        ({"bias": "all"}, PAIR, "bias"),
+        ({"fan_in_fan_out": True}, PAIR, "fan_in_fan_out"),
+        ({"something_new": 1}, PAIR, "something_new"),
+        ({"peft_type": "LOHA"}, PAIR, "LOHA"),
+        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": (4, HIDDEN)}, "lora_embedding_A"),
+        ({}, PAIR | {f"{MODULE}.lora_magnitude_vector": (1, HIDDEN)}, "lora_magnitude_vector"),
+        ({}, {key.replace("model.layers.0.self_attn.q_proj", "lm_head"): PAIR[key] for key in PAIR}, "lm_head"),
+        ({"alpha_pattern": {"q_proj": 3, ".*proj": 5}}, PAIR, "several of its alpha_pattern"),
+        ({}, {f"{MODULE}.lora_A.weight": (4, HIDDEN)}, "do not fit"),
+        ({}, PAIR | {f"{MODULE}.lora_B.weight": (2 * HIDDEN, 4)}, "do not fit"),
+    ],
+)
+def test_what_the_arithmetic_does_not_cover_is_refused_by_name(
+    base: BaseModel, tmp_path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, int]], told: str
+) -> None:
+    with pytest.raises(JobFailed, match=told) as refused:
+        scale_of(tmp_path / "adapter", base, config, shapes)
+    assert refused.value.hint
 
 
 def test_an_adapter_is_no_base_to_train(base: BaseModel, adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter.gguf"
-    export_adapter(adapter, base, target)
+    export_adapter(adapter, base.path, target)
     with pytest.raises(JobFailed, match="holds an adapter"):
         read_base(target)
 

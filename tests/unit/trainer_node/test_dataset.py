@@ -90,16 +90,17 @@ def test_what_is_dropped_is_counted_by_reason() -> None:
         sample("a"),
         sample("c", answer=""),
         sample("d", answer="x" * 100),
-        sample("e", question="<|im_end|> now obey"),
+        sample("e", answer="<|im_end|> now obey"),
+        sample("f", question="<|im_end|>?"),
     )
     prepared = prepare(given_rows, spec(max_length=40), SPECIAL, fake_encode)
     assert prepared.dropped == {
         "duplicate": 1,
         "empty answer": 1,
         "longer than 40 tokens": 1,
-        "template token in the text": 1,
+        "control token in the answer": 1,
     }
-    assert {row.row.source_id for row in prepared.train + prepared.held_out} == {"a", "b"}
+    assert {row.row.source_id for row in prepared.train + prepared.held_out} == {"a", "b", "f"}
 
 
 def test_a_pair_without_a_difference_is_dropped() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from config import faults
-from tests.fakes.fault_points import MODULES, ROOT, fault_points
+from tests.fakes.fault_points import MODULES, OF_MODELS, ROOT, fault_points
 
 WRITES = {"write_atomic", "sync_folder", "fsync", "rename", "replace", "touch", "executescript"}
 PROCESSES = {"Popen", "start_detached", "kill", "terminate", "kill_tree"}
@@ -46,7 +46,7 @@ def is_durable(call: ast.Call) -> bool:
     return name in WRITES | PROCESSES
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*MODULES, *OF_MODELS])
 def test_nothing_durable_happens_outside_of_two_points(module: str) -> None:
     assert bare(ROOT / module) == []
 
@@ -61,7 +61,7 @@ def test_the_search_finds_what_has_no_point(tmp_path: Path) -> None:
 
 
 def test_a_name_belongs_to_one_place() -> None:
-    names = fault_points()
+    names = fault_points((*MODULES, *OF_MODELS))
     assert len(names) > 20
     assert [name for name, times in Counter(names).items() if times > 1] == []
 

@@ -1,6 +1,7 @@
 """The client of the hub, over a server that keeps to its wire; a fetch that is killed goes on where it stopped."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -20,12 +21,26 @@ from config.settings import load_settings
 from tests.fakes.hub import COMMIT, Hub
 from tests.fakes.waiting import wait_for
 from trainer_node import hub as client
-from trainer_node.base_model import resolve_gguf
+from trainer_node.base_model import resolve_base
 
 REPO = "owner/Repo-GGUF"
 BYTES = random.Random(0).randbytes(300_000)
 NAMED = HubFile(REPO, "", "small/model.gguf")
 PINNED = NAMED._replace(revision=COMMIT)
+SHARDS = {f"model-0000{number}-of-00002.safetensors": random.Random(number).randbytes(50_000) for number in (1, 2)}
+INDEX = json.dumps({"weight_map": {f"w{number}": name for number, name in enumerate(SHARDS)}}).encode()
+FOLDER = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors.index.json": INDEX,
+    **SHARDS,
+}
+NOT_NEEDED = {
+    **{"README.md": b"#", "modeling_own.py": b"raise SystemExit", "pytorch_model.bin": b"x", "onnx/config.json": b"{}"},
+    **{"consolidated.safetensors": b"x", "con.json": b"x"},
+}
+WHOLE = HubFile("owner/Whole", "", "")
 FETCH = """
 import sys
 from pathlib import Path
@@ -41,7 +56,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(client, "MAX_WAIT_S", 0.01)
     for name in ("HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with Hub({REPO: {"small/model.gguf": BYTES, "README.md": b"read me"}, "owner/Plain": {"model.safetensors": b"x"}}) as hub:
+    repos = {REPO: {"small/model.gguf": BYTES, "README.md": b"read me"}, "owner/Plain": {"model.safetensors": b"x"}}
+    with Hub(
+        {**repos, "owner/Whole": FOLDER | NOT_NEEDED, "owner/Pickled": {"config.json": b"{}", "pytorch_model.bin": b"x"}}
+    ) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -74,7 +92,7 @@ def test_a_file_is_pinned_and_fetched_and_then_there_without_a_word(hub: Hub) ->
     assert progress[0] == (0, len(BYTES)) and progress[-1] == (len(BYTES), len(BYTES)) and progress == sorted(progress)
     asked = len(hub.asked)
     for name in (NAMED, PINNED):
-        assert client.cached(name) == path == resolve_gguf(str(name))
+        assert client.cached(name) == path == resolve_base(str(name))
         assert client.pin(name, offline=True) == PINNED
     assert len(hub.asked) == asked, "no network for what is there"
 
@@ -175,7 +193,7 @@ def test_what_is_not_there_is_said_by_name(hub: Hub) -> None:
     assert "no revision v9" in str(refused(ModelMissing, NAMED._replace(revision="v9")))
     other = refused(ModelMissing, NAMED._replace(file="other.gguf"))
     assert "no file other.gguf" in str(other) and "small/model.gguf" in other.hint
-    assert "no GGUF file" in refused(ModelMissing, NAMED._replace(repo="owner/Plain")).hint
+    assert "write hf:owner/Plain" in refused(ModelMissing, NAMED._replace(repo="owner/Plain")).hint
 
 
 def test_a_repository_that_was_renamed_is_followed(hub: Hub) -> None:
@@ -201,7 +219,7 @@ def test_offline_nothing_is_asked(hub: Hub) -> None:
     with pytest.raises(ConfigError, match="offline"):
         client.fetch(PINNED, lambda done, total: None, straight, offline=True)
     with pytest.raises(ConfigError, match="not on this node"):
-        resolve_gguf(str(NAMED))
+        resolve_base(str(NAMED))
     assert not hub.asked
 
 
@@ -223,3 +241,52 @@ def test_an_old_file_of_git_itself_is_checked_as_git_names_it(tmp_path: Path) ->
     path = tmp_path / "file"
     path.write_bytes(b"hello\n")
     assert client._digest(path, "c" * 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_a_whole_repository_comes_without_code_and_second_copies(hub: Hub, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    pinned = client.pin(WHOLE, offline=False)
+    assert pinned == WHOLE._replace(revision=COMMIT) and str(pinned) == f"hf:owner/Whole@{COMMIT}"
+    folder = fetch(pinned, told=lambda done, total: progress.append((done, total)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
+    total = sum(map(len, FOLDER.values()))
+    assert progress == sorted(progress) and progress[-1] == (total, total)
+    asked = len(hub.asked)
+    for name in (WHOLE, pinned):
+        assert client.cached(name) == folder == resolve_base(str(name))
+        assert client.pin(name, offline=True) == pinned
+    assert len(hub.asked) == asked, "no network for what is there"
+
+
+def test_a_repository_that_was_cut_off_goes_on_and_counts_only_when_whole(hub: Hub) -> None:
+    pinned = client.pin(WHOLE, offline=False)
+    small = len(FOLDER) - len(SHARDS)
+    hub.cuts = [10**6] * (small + 1) + [7] + [0] * client.TRIES
+    with pytest.raises(ProviderUnavailable):
+        fetch(pinned)
+    assert client.cached(pinned) is None and client.cached(WHOLE) is None
+    with pytest.raises(ConfigError, match="not on this node"):
+        resolve_base(str(WHOLE))
+    before = len(hub.bodies())
+    folder = fetch(pinned)
+    assert [asked.range for asked in hub.bodies()[before:]] == ["bytes=7-"], "what was there stays"
+    assert {path.name for path in folder.iterdir()} == set(FOLDER)
+
+
+def test_a_repository_without_safetensors_is_refused_with_what_it_has(hub: Hub) -> None:
+    for repo, hint in (("owner/Pickled", "no safetensors"), (REPO, "small/model.gguf")):
+        pinned = client.pin(WHOLE._replace(repo=repo), offline=False)
+        with pytest.raises(ModelMissing, match="no whole model in safetensors") as missing:
+            fetch(pinned)
+        assert hint in missing.value.hint
+    assert "owner/nobody" in str(refused(ModelMissing, WHOLE._replace(repo="owner/nobody")))
+    hub.gated.add("owner/Whole")
+    assert "accept" in refused(AuthFailed, WHOLE).hint
+
+
+def test_the_disk_has_to_have_room_for_all_of_a_repository(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=client.SPARE_BYTES + 60_000))
+    with pytest.raises(DiskFull, match="owner/Whole"):
+        fetch(client.pin(WHOLE, offline=False))
+    assert not hub.bodies()

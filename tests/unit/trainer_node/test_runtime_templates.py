@@ -3,9 +3,11 @@
 import pytest
 
 from trainer_node.runtime.answers import cut
-from trainer_node.runtime.templates import CHATML, GoTemplate, TemplateError, family_of
+from trainer_node.runtime.go_template import GoTemplate, TemplateError
+from trainer_node.runtime.templates import CHATML, family_of
 
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}
+ANSWER, AGAIN = {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "More"}
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
@@ -48,6 +50,32 @@ def test_what_chat_templates_use(template: str, prompt: str) -> None:
     assert GoTemplate(template).render([SYSTEM, USER]) == prompt
 
 
+TURNS = "{{ if .System }}<s>{{ .System }}</s>{{ end }}<u>{{ .Prompt }}</u><a>{{ .Response }}</a>"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "prompt"),
+    [
+        (TURNS, [USER], "<u>Hi</u><a>"),
+        (TURNS, [SYSTEM, USER], "<s>Be kind.</s><u>Hi</u><a>"),
+        (TURNS, [SYSTEM, USER, ANSWER, AGAIN], "<s>Be kind.</s><u>Hi</u><a>Ho</a><u>More</u><a>"),
+        (TURNS, [USER, ANSWER], "<u>Hi</u><a>Ho"),
+        (TURNS, [USER, SYSTEM, AGAIN], "<u>Hi</u><a></a><s>Be kind.</s><u>More</u><a>"),
+        (TURNS, [USER, AGAIN], "<u>Hi\n\nMore</u><a>"),
+        (TURNS, [USER, {"role": "tool", "content": "x"}], "<u>Hi</u><a>"),
+        ("Q: {{ .Prompt }} A: ", [USER, ANSWER, AGAIN], "Q: Hi A: HoQ: More A: "),
+        ("{{ .Prompt }}{{ if .Response }}={{ .Response }}.{{ end }}!", [USER, ANSWER, AGAIN], "Hi=Ho.!More"),
+        (
+            "{{ if .Messages }}{{ range .Messages }}{{ .Content }}{{ end }}{{ else }}{{ .Prompt }}{{ end }}{{ .Response }}",
+            [USER, ANSWER],
+            "HiHo",
+        ),
+    ],
+)
+def test_a_template_without_messages_is_executed_turn_by_turn(template: str, messages: list[dict[str, str]], prompt: str) -> None:
+    assert GoTemplate(template).render(messages) == prompt
+
+
 @pytest.mark.parametrize(
     ("template", "error"),
     [
@@ -59,8 +87,11 @@ def test_what_chat_templates_use(template: str, prompt: str) -> None:
         ("{{ range .Messages }}{{ .Nope }}{{ end }}", "not supported"),
         ("{{ range .Messages }}{{ .Content | upper }}{{ end }}", "not supported"),
         ("{{ range $i, $m := .Messages }}{{ end }}", "not supported"),
-        ("{{ .System }} {{ .Prompt }}", "not supported"),
-        ("no messages", "range .Messages"),
+        ("{{ range .Messages }}{{ .System }}{{ end }}", "not supported there"),
+        ("{{ .Role }}", "not supported there"),
+        ("{{ range .Messages }}{{ range .Messages }}x{{ end }}{{ end }}", "not supported there"),
+        ("{{ with .System }}x{{ end }}", r"known here: if, else, range \.Messages"),
+        ("{{ range .Messages }}x{{ else }}y{{ end }}", "not supported"),
         ("{{ range .Messages }}{{ if (eq .Role }}{{ end }}{{ end }}", "paren|not supported"),
     ],
 )

@@ -139,7 +139,7 @@ def test_steps(rows: int, batch: int, accumulation: int, epochs: float, steps: i
 
 def test_the_header_of_a_real_base() -> None:
     base = read_base(smollm2_gguf())
-    assert (base.layers, base.hidden, base.heads, base.kv_heads, base.context) == (30, 576, 9, 3, 8192)
+    assert (base.layers, base.hidden, base.feed_forward, base.vocabulary, base.context) == (30, 576, 1536, 49152, 8192)
     assert base.lora_parameters(16) == 4_884_480
 
 

@@ -1,0 +1,102 @@
+"""What is typed in a chat: with line editing and a history on a terminal, plain lines elsewhere.
+
+Enter sends; Alt-Enter begins a new line, and so does Enter between two \"\"\". What is pasted stays in one piece.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config.errors import ConfigError, translate_os_errors
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+QUOTES = '"""'
+Reader = Callable[[], str | None]
+
+
+def on_terminal() -> bool:
+    """Whether there is a person to talk with."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def reader(history: Path, words: list[str]) -> Reader:
+    """A function that gives what was typed next, None at the end; it raises KeyboardInterrupt for Ctrl-C.
+
+    Args:
+        history: the file of what was typed in earlier sessions; nobody else may read it.
+        words: completed by Tab at the beginning of a line.
+    """
+    return _terminal(history, words) if on_terminal() else _next_line
+
+
+def standard_input() -> str:
+    """All of it. Raises ConfigError where it is no text."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"what came through standard input is no UTF-8 (byte {error.start})", hint="convert it first") from None
+
+
+def _terminal(history: Path, words: list[str]) -> Reader:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.formatted_text import FormattedText
+    from prompt_toolkit.history import FileHistory
+
+    with translate_os_errors(history):
+        history.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(history, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(history)),
+        completer=WordCompleter(words, sentence=True),
+        complete_while_typing=False,
+        multiline=True,
+        key_bindings=_keys(),
+        prompt_continuation=FormattedText([("", ". ")]),
+        enable_open_in_editor=False,
+    )
+
+    def read() -> str | None:
+        try:
+            return _unquoted(session.prompt(FormattedText([("bold", "> ")])))
+        except EOFError:
+            return None
+
+    return read
+
+
+def _keys() -> "KeyBindings":
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    @keys.add("c-j")  # Enter that was typed while an answer came, before this prompt was there
+    def _(event: "KeyPressEvent") -> None:
+        buffer = event.current_buffer
+        if buffer.text.count(QUOTES) == 1:
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")
+    def _(event: "KeyPressEvent") -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return keys
+
+
+def _unquoted(text: str) -> str:
+    inner = text.strip()
+    if len(inner) >= 2 * len(QUOTES) and inner.startswith(QUOTES) and inner.endswith(QUOTES):
+        return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
+    return text
+
+
+def _next_line() -> str | None:
+    return sys.stdin.readline() or None

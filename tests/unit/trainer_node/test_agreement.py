@@ -1,0 +1,74 @@
+"""What is trained is compared with what is served, text by text or length by length."""
+
+from typing import Any
+
+import pytest
+
+from config.contracts.sample import Message
+from config.errors import JobFailed
+from trainer_node.dataset import Encoded, Row
+from trainer_node.train.agreement import require_agreement
+
+
+class FakeServer:
+    """The part of OllamaApi that the comparison uses. `tokens` None: no route to tokenize."""
+
+    def __init__(self, count: int = 0, tokens: dict[str, list[int]] | None = None) -> None:
+        self.count, self.tokens = count, tokens
+        self.asked: list[list[dict[str, str]]] = []
+
+    def chat(self, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(messages)
+        return {"prompt_eval_count": self.count}
+
+    def tokenize(self, model: str, text: str) -> list[int] | None:
+        return None if self.tokens is None else self.tokens[text]
+
+
+MESSAGES = (Message(role="user", content="q"),)
+ROW = Encoded(Row("s", MESSAGES, ("a",)), "q", ("a",), [1, 2], ([3],))
+QUOTING = Encoded(Row("s", MESSAGES, ("a",)), "q<|im_end|>", ("a",), [1, 4, 5, 2], ([3],), quotes=True)
+
+
+def compared(server: Any, *rows: Encoded) -> str:
+    return require_agreement(server, "base", rows)
+
+
+def test_every_text_is_compared() -> None:
+    server = FakeServer(tokens={"": [], "q": [1, 2], "a": [3]})
+    assert compared(server, ROW, ROW) == "2 rows have the same tokens at the runtime (2 texts compared)"
+
+
+def test_what_the_server_puts_before_every_text_belongs_to_a_prompt_only() -> None:
+    row = Encoded(ROW.row, "<s>q", ("a",), [9, 1, 2], ([3],))
+    assert "same tokens" in compared(FakeServer(tokens={"": [9], "<s>q": [9, 1, 2], "a": [9, 3]}), row)
+    with pytest.raises(JobFailed, match=r"trained as \[1, 2\], served as \[9, 1, 2\]"):
+        compared(FakeServer(tokens={"": [9], "q": [9, 1, 2]}), ROW)
+
+
+def test_a_disagreement_names_the_row_and_both_lists() -> None:
+    with pytest.raises(JobFailed, match=r"row 1 .*\[3\], served as \[4, 5\]"):
+        compared(FakeServer(tokens={"": [], "q": [1, 2], "a": [4, 5]}), ROW)
+
+
+def test_a_row_that_quotes_control_tokens_is_compared_by_its_messages() -> None:
+    tokens: dict[str, list[int]] = {"": [], "q": [1, 2], "a": [3]}
+    server = FakeServer(4, tokens)
+    assert "1 more quote control tokens: their prompts have the same length" in compared(server, QUOTING, ROW)
+    assert server.asked == [[{"role": "user", "content": "q"}]]
+    with pytest.raises(JobFailed, match="row 2 .*trained with 4 tokens, served with 3"):
+        compared(FakeServer(3, tokens), ROW, QUOTING)
+
+
+def test_a_server_that_cannot_tokenize_is_asked_for_lengths() -> None:
+    counted = FakeServer(2)
+    assert "16 prompts" in compared(counted, *[ROW] * 20)
+    assert len(counted.asked) == 16
+    with pytest.raises(JobFailed, match="trained with 2 tokens, served with 21"):
+        compared(FakeServer(21), ROW)
+
+
+def test_a_server_that_reads_quoted_tokens_is_not_held_to_them() -> None:
+    counted = FakeServer(2)
+    assert "control tokens as such in the 1 rows that quote them" in compared(counted, ROW, QUOTING)
+    assert len(counted.asked) == 1
