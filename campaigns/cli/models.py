@@ -13,7 +13,7 @@ app = typer.Typer(help="The models you made.", no_args_is_help=True)
 OnNode = Annotated[str, typer.Option("--node", help="A node of nodes.toml; local is this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Argument(help="A tag (hafs-coder:14b-v7, or hafs-coder:v7), an alias or a name.")]
-Samples = Annotated[bool, typer.Option("--samples", help="Print the id of every sample.")]
+Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="The id of every sample, a line each.")]
 
 
 @app.command("list")
@@ -37,7 +37,7 @@ def show(model: Model, node: OnNode = "local", as_json: Json = False) -> None:
 
 
 @app.command()
-def lineage(model: Model, samples: Samples = False, node: OnNode = "local", as_json: Json = False) -> None:
+def lineage(model: Model, samples: Samples = True, node: OnNode = "local", as_json: Json = False) -> None:
     """The way back of a version to its job, base, data, campaigns, prompts, the models that wrote them, and their cost."""
     from campaigns.cli import render_models
     from campaigns.lineage import lineage as trace

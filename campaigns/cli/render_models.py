@@ -55,12 +55,9 @@ def lineage(steps: Sequence[Step], samples: bool, json_wanted: bool) -> None:
             _campaign(campaign)
         for text in step.missing:
             render.line(f"  missing      {text}")
-        if samples:
-            render.line("  samples")
-            for origin in step.samples:
-                render.line(f"    {origin.id}  {origin.campaign}  {origin.provider} {origin.model}  {origin.source_id}")
-        elif step.samples:
-            render.line(f"  samples      {len(step.samples)} (--samples lists the ids)")
+        render.line(f"  samples      {len(step.samples)}")
+        for origin in step.samples if samples else ():
+            render.line(f"    {origin.id}  {origin.campaign}  {origin.provider} {origin.model}  {origin.source_id}")
 
 
 def compared(first: str, second: str, figures: Sequence[Figure], json_wanted: bool) -> None:

@@ -142,7 +142,7 @@ def test_a_start_that_nobody_knows_is_named(settings: Settings, root: Path) -> N
     assert "elsewhere:v9, which it went on from" in step.missing[-1]
 
 
-def test_the_screen_has_a_summary_and_on_demand_every_id(
+def test_the_screen_has_a_summary_and_every_id_unless_it_is_not_wanted(
     settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = traced(settings, root)
@@ -166,7 +166,7 @@ def test_the_screen_has_a_summary_and_on_demand_every_id(
         "3 accepted, 1 rejected, 1 failed; $2.5000 for all calls",
         "not accepted for: flags 2",
         "template asm 1",
-        "samples      3 (--samples lists the ids)",
+        "samples      3\n",
     ):
         assert part in text, part
     assert "  t2  " not in text
