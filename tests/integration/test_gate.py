@@ -1,13 +1,9 @@
 """The smoke gate at a real model server: each way to be wrong stops it, the aliases stay where they were, and it says why."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from config.contracts.job import ExportOptions, JobSpec, Perplexity, TrainJob
@@ -15,6 +11,7 @@ from config.contracts.sample import Message
 from config.errors import GateFailed
 from tests.fakes.chain_model import EMPTY, ENDLESS, GOOD, LEAKING, write_chain
 from tests.fakes.model_files import ODD_TEMPLATE
+from tests.fakes.own_runtime import own_runtime
 from trainer_node import aliases, registry
 from trainer_node.export.gate import require_gate
 from trainer_node.export.probes import Probe, Probes
@@ -38,15 +35,8 @@ WORSE = Perplexity(rows=2, tokens=9, base=3.0, tuned=3.01)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A node with a model server, which is ended with it."""
     path = tmp_path_factory.mktemp("node")
-    monkey = pytest.MonkeyPatch()
-    monkey.setenv("HAFS_RUNTIME", "embedded")
-    start = "import sys, pathlib, trainer_node.runtime.launch as l; l.ensure_runtime(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", start, str(path)], cwd=Path(__file__).parents[2], check=True, timeout=100)
-    yield path
-    server = psutil.Process(json.loads((path / "runtime" / "runtime.json").read_text())["pid"])
-    server.terminate()
-    server.wait(20)
-    monkey.undo()
+    with own_runtime(path):
+        yield path
 
 
 @pytest.fixture(scope="module")

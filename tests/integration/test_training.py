@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import zstandard
 
@@ -23,6 +22,7 @@ from config.contracts.sample import Message, PreferencePair, Provenance, Sample
 from config.contracts.wire import ExportArgs
 from config.errors import JobFailed
 from tests.fakes.hub import COMMIT, Hub
+from tests.fakes.own_runtime import own_runtime
 from tests.fakes.tiny_model import smollm2_gguf, write_tiny_model
 from tests.fakes.waiting import wait_for
 from trainer_node.export.quantize import choose
@@ -43,16 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A node with a tiny base and a dataset of each kind; its runtime is ended with it."""
     path = tmp_path_factory.mktemp("node")
     write_tiny_model(path / "tiny.gguf")
-    monkey = pytest.MonkeyPatch()
-    monkey.setenv("HAFS_RUNTIME", "embedded")
-    monkey.setenv("OMP_NUM_THREADS", "1")
-    start = "import sys, pathlib, trainer_node.runtime.launch as l; l.ensure_runtime(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", start, str(path)], cwd=Path(__file__).parents[2], check=True, timeout=100)
-    yield path
-    server = psutil.Process(json.loads((path / "runtime" / "runtime.json").read_text())["pid"])
-    server.terminate()
-    server.wait(20)
-    monkey.undo()
+    with own_runtime(path, OMP_NUM_THREADS="1"):
+        yield path
 
 
 @pytest.fixture(scope="module")
