@@ -6,7 +6,6 @@
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from config.errors import BadRequest, LeaseLost, ProviderUnavailable, StoreError
 from trainer_node.gpu import card_memory
 from trainer_node.ollama import OllamaApi
+from trainer_node.periodic import every
 from trainer_node.runtime.launch import RuntimeInfo, find_server
 
 WATCH_S = 5.0  # between two looks while a model is trained
@@ -33,20 +33,14 @@ def in_the_way(root: Path, needed_mb: float) -> str:
 @contextmanager
 def watched(root: Path, tell: Callable[[str], None], every_s: float = WATCH_S) -> Iterator[None]:
     """Tell during the block what models the server has loaded, each time they change; "" when all have gone."""
-    ended = threading.Event()
+    seen: set[str] = set()
 
-    def watch() -> None:
-        seen: set[str] = set()
-        while not ended.wait(every_s):
-            seen = _told(root, seen, tell)
+    def look() -> None:
+        nonlocal seen
+        seen = _told(root, seen, tell)
 
-    thread = threading.Thread(target=watch, name="model-server-watch")
-    thread.start()
-    try:
+    with every(every_s, look, name="model-server-watch"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _held_by_server(server: RuntimeInfo | None) -> str:

@@ -12,10 +12,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from config.contracts.job import JobError
@@ -24,6 +23,7 @@ from config.faults import around
 from config.locks import FileLock
 from trainer_node.jobdir import STOPPED, Exit, JobDir, RunnerRecord
 from trainer_node.leases import CPU, device_lock, environment
+from trainer_node.periodic import every
 from trainer_node.processes import describe_exit, identify_self, lead_tree
 
 PIPELINE = (sys.executable, "-P", "-m", "trainer_node.pipeline")
@@ -118,25 +118,16 @@ def _terminate(child: "subprocess.Popen[bytes]") -> None:
         child.terminate()
 
 
-@contextmanager
-def _heartbeat(folder: JobDir, record: RunnerRecord) -> Iterator[None]:
+def _heartbeat(folder: JobDir, record: RunnerRecord) -> AbstractContextManager[None]:
     """Write the record anew now and then. A disk that takes it not, or a lost lease, ends no training: it is only said."""
-    ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(HEARTBEAT_S):
-            try:
-                folder.write_runner(record.model_copy(update={"heartbeat_at": time.time()}))
-            except (StoreError, LeaseLost) as error:
-                log.warning("%s: no heartbeat: %s", folder.id, error)
+        try:
+            folder.write_runner(record.model_copy(update={"heartbeat_at": time.time()}))
+        except (StoreError, LeaseLost) as error:
+            log.warning("%s: no heartbeat: %s", folder.id, error)
 
-    thread = threading.Thread(target=beat, name="heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return every(HEARTBEAT_S, beat, name="heartbeat")
 
 
 def _record(folder: JobDir, attempt: int) -> RunnerRecord:
