@@ -6,7 +6,6 @@ who runs the test.
 
 import getpass
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.fakes.ports import free_port
 
 START_S = 15.0
 
@@ -104,18 +105,6 @@ def sshd_config(folder: Path, address: str, port: int, environment: dict[str, st
 
 def make_key(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", str(path)], check=True)
-
-
-def free_port() -> int:
-    """A port that nobody has, below those that a system hands out: nobody gets it while its server is down for a moment."""
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no port is free between 10000 and 32000")
 
 
 def wait_for_port(address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:

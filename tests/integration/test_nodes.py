@@ -24,8 +24,9 @@ from config.locks import holder
 from config.settings import Settings
 from tests.fakes.evil_requests import evil_lines
 from tests.fakes.leftovers import end_nodes
+from tests.fakes.ports import free_port
 from tests.fakes.ssh_node import add_node
-from tests.fakes.sshd import PrivateSshd, free_port, write_ssh
+from tests.fakes.sshd import PrivateSshd, write_ssh
 from tests.fakes.waiting import wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.needs("sshd"), pytest.mark.needs("ssh")]

@@ -6,7 +6,6 @@ The servers of these tests (tests/fakes/echoing_models.py) repeat in every error
 import io
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from config.errors import ProviderError
 from config.locks import holder
 from config.settings import load_settings
 from tests.fakes.echoing_models import Echoing, Handler
+from tests.fakes.ports import free_port
 from tests.fakes.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -147,12 +147,6 @@ def all_lanes(url: str, more: str = "") -> str:
             waits = 'slots = 2\ntimeout = "1s"\n' + ('idle_timeout = "0.5s"\n' if fault == "inside" or number % 2 else "")
             lanes.append(lane(f"{provider}-{fault}", provider, f"{url}/{fault}", waits + (more if provider == "openai" else "")))
     return "".join(lanes)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 OBSERVED = """

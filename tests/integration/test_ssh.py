@@ -28,8 +28,9 @@ from config.contracts.sample import Provenance, Sample
 from config.contracts.wire import STATUS, JobArgs
 from config.errors import ConfigError, HostKeyRefused, JobNotFound, NodeUnreachable, ProtocolError, TransferError
 from config.settings import LOCAL, Settings
+from tests.fakes.ports import free_port
 from tests.fakes.relay import Relay
-from tests.fakes.sshd import PrivateSshd, free_port, make_key, write_ssh
+from tests.fakes.sshd import PrivateSshd, make_key, write_ssh
 
 pytestmark = [pytest.mark.integration, pytest.mark.needs("sshd"), pytest.mark.needs("ssh")]
 

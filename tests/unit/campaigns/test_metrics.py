@@ -1,7 +1,6 @@
 """Figures reach a Prometheus scrape and a collector that speaks OTLP over HTTP."""
 
 import gzip
-import socket
 import sys
 import threading
 import urllib.request
@@ -21,17 +20,11 @@ from campaigns.status import Progress
 from config.errors import ConfigError, MissingExtra
 from tests.fakes.campaign_rows import call, spec
 from tests.fakes.fake_provider import FakeProvider
+from tests.fakes.ports import free_port
 from tests.unit.campaigns.test_live import LANE
 
 WAY = Lane("l", FakeProvider([], name="gemini"), "gemini-x", Endpoint("gemini"))
 ANSWER = call(0).model_copy(update={"latency_s": 1.5, "prompt_tokens": 300, "completion_tokens": 40, "time": 1000.0})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_nothing_is_observed_unless_asked_for() -> None:
