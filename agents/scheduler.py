@@ -105,7 +105,7 @@ class Scheduler:
         self._in_hand = 0
         self._waiting: deque[Call] = deque()
         self._running: set[Call] = set()
-        self._dry = False  # the source has nothing for the lanes that could take it
+        self._dry: Collection[str] = ()  # domains that a lane could take, and of which the source has nothing
         self._said: dict[tuple[LaneState, Idle], float] = {}
         self._stop: Literal["drained", "budget"] | None = None
         self._failure: Exception | None = None
@@ -188,8 +188,8 @@ class Scheduler:
             if (found := lane.endpoint.limit_news(now)) is not None:
                 self._on_event(LaneEvent(lane.name, "limit", f"{lane.endpoint.spec.key} bears {found} calls at once"))
 
-    def _take_new(self, run: _Run, now: float) -> bool:
-        """Hand out new tasks while lanes have room. True: the source had none for a lane that could have taken one."""
+    def _take_new(self, run: _Run, now: float) -> Collection[str]:
+        """Hand out new tasks while lanes have room. Returns the domains that a lane could take and the source had nothing of."""
         stuck: set[str] = set()  # domains whose task no lane would start after all
         most = self._in_hand + _BURST
         while self._has_room:
@@ -202,13 +202,13 @@ class Scheduler:
             if task is None and self._in_hand == 0:  # also without room: it shows whether there is anything to wait for
                 task = run.source.next(self._routes)
             if task is None:
-                return not stuck and (bool(domains) or self._in_hand == 0)
+                return () if stuck else domains or (self._routes if self._in_hand == 0 else ())
             self._in_hand += 1
             call = Call(task)
             if not self._place(call, run, now):
                 self._waiting.append(call)
                 stuck.add(task.domain)
-        return False
+        return ()
 
     @property
     def _has_room(self) -> bool:
@@ -293,10 +293,11 @@ class Scheduler:
 
     def _note_idle(self, lane: LaneState, run: _Run, now: float) -> None:
         left = self._left(run)
-        reasons = [self._why_not(lane, domain, run, left, now) for domain, route in self._routes.items() if lane in route]
+        served = [domain for domain, route in self._routes.items() if lane in route and domain not in self._dry]
+        reasons = [self._why_not(lane, domain, run, left, now) for domain in served]
         reason: Idle = min(reasons, default="no_work")  # the empty one, if one of its domains may be served
-        if not reason:
-            reason = "no_work" if self._dry else "" if self._has_room else "storing"
+        if not reason and not self._has_room:
+            reason = "storing"
         if lane.endpoint.in_flight >= (lane.endpoint.spec.slots or math.inf):
             reason = ""  # every slot works
         if lane.note_idle(now, reason) and reason in _TOLD and now >= self._said.get((lane, reason), -math.inf) + _SAY_AGAIN_S:

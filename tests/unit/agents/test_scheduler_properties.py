@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agents import tokens
@@ -150,6 +150,18 @@ LANE = st.fixed_dictionaries(
     store_s=st.sampled_from([0.0, 0.05]),
     drain_after=st.none() | st.integers(1, 20),
     seed=st.integers(0, 2**16),
+)
+@example(  # the paid lane leaves what is left of one domain to the free one, and of its own domain nothing is left
+    lanes=[
+        {"slots": 2, "rpm": None, "paid": True, "faults": [], "fault_rate": 0.05, "loads": None},
+        {"slots": 1, "rpm": None, "paid": False, "faults": [], "fault_rate": 0.05, "loads": None},
+    ],
+    count=11,
+    split=True,
+    max_usd=None,
+    store_s=0.0,
+    drain_after=None,
+    seed=0,
 )
 def test_promises(
     virtual: Any,
