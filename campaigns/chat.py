@@ -5,6 +5,7 @@
 - Nothing is cut in silence: a conversation that does not fit the context window is refused, with numbers.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from agents.providers.ollama import OllamaProvider
 from agents.providers.transport import PROMPT_CUT
 from agents.task import Sampling, Usage
 from config.contracts.sample import Message
-from config.errors import BadRequest, ProviderError, ProviderUnavailable
+from config.errors import BadRequest, ModelMissing, ProviderError, ProviderUnavailable
 
 Ended = Literal["stop", "length", "stopped"]
 
@@ -64,11 +65,22 @@ class Conversation:
         return Conversation(self.system, self.exchanges[:-1])
 
 
+def written(said: Conversation, model: str, as_json: bool) -> str:
+    """A conversation as a file: Markdown, or JSON."""
+    messages = said.messages()
+    if as_json:
+        return json.dumps({"model": model, "messages": [message.model_dump() for message in messages]}, indent=1) + "\n"
+    return "".join(
+        f"## {model if message.role == 'assistant' else message.role}\n\n{message.content}\n\n" for message in messages
+    )
+
+
 def ask(url: str, model: str, messages: Sequence[Message], sampling: Sampling, show: Callable[[str], None]) -> Answer:
     """One answer from the server at `url`; its pieces go to `show` as they come. Ctrl-C stops an answer that has begun.
 
     Raises:
-        BadRequest: there is no such model (it names those there are), or the messages do not fit the context window.
+        ModelMissing: there is no such model; it names those there are.
+        BadRequest: the messages do not fit the context window.
         ProviderError: the server did not answer, or not to the end.
         KeyboardInterrupt: Ctrl-C, before the first piece.
     """
@@ -102,7 +114,7 @@ def ask(url: str, model: str, messages: Sequence[Message], sampling: Sampling, s
 
 
 def look_for(url: str, model: str) -> str:
-    """The full name of a model at `url`. Raises BadRequest naming the models there are, ProviderError."""
+    """The full name of a model at `url`. Raises ModelMissing naming the models there are, ProviderError."""
 
     async def run() -> str:
         provider = OllamaProvider(url)
@@ -115,13 +127,13 @@ def look_for(url: str, model: str) -> str:
 
 
 async def find_model(provider: OllamaProvider, where: str, model: str) -> tuple[str, str]:
-    """The full name and the digest of a model, whose name may lack its `:latest`. Raises BadRequest naming those there are."""
+    """The full name and the digest of a model, whose name may lack its `:latest`. Raises ModelMissing naming those there are."""
     there = await provider.digests()
     for name in (model, f"{model}:latest"):
         if name in there:
             return name, there[name]
     known = ", ".join(sorted(there)) or "none"
-    raise BadRequest(f'there is no model "{model}" at {where}', hint=f"models there: {known}")
+    raise ModelMissing(f'there is no model "{model}" at {where}', hint=f"models there: {known}")
 
 
 def require_told(where: str, finish: str, detail: str, sampling: Sampling) -> None:

@@ -3,15 +3,17 @@
 - A line is on the disk before it counts. kill -9 loses what was in flight or on its way there, which is asked again.
 - A request is known by the hash of what is sent (model, messages, sampling), and by how often it came before in the input: what
   the output has an answer for is not asked again; what it has an error for is, and its error line goes.
-- Lines come in the order in which the answers do; `line` is the place in the input.
+- Lines come in the order in which the answers do; `line` is the place in the input, also where that has changed since. Lines of
+  prompts that are no longer in the input stay: somebody has paid for them.
 - Nothing is sent before every line of the input has been understood.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import anyio
@@ -24,7 +26,7 @@ from agents.policy import Policy
 from agents.providers.base import Provider
 from agents.scheduler import Scheduler
 from agents.task import Outcome, Sampling, Task
-from campaigns.rowfile import RowFile
+from campaigns.rowfile import RowFile, whole_end
 from campaigns.rows import Row, read_lines
 from config.contracts.base import Tolerant, canonical_json, content_id
 from config.contracts.sample import Message
@@ -94,7 +96,7 @@ def read_questions(path: Path, model: str, system: str, sampling: Sampling) -> l
         number = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}:{number}: this is no UTF-8", hint="convert the file to UTF-8 first") from None
     filled = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    as_json = path.suffix in (".jsonl", ".ndjson") or (bool(filled) and _is_object(filled[0][1]))
+    as_json = path.suffix in (".jsonl", ".ndjson", ".json") or (bool(filled) and _is_object(filled[0][1]))
     questions, times = [], Counter[str]()
     for number, line in filled:
         asked = _line(line, f"{path}:{number}") if as_json else Line(prompt=line)
@@ -132,6 +134,8 @@ def _messages(asked: Line, system: str, where: str) -> list[Message]:
     messages = asked.messages or [Message(role="user", content=asked.prompt)]
     if messages[-1].role != "user":
         raise ConfigError(f"{where}: the last message is to be the user's", hint="the model answers it")
+    if asked.system and messages[0].role == "system":
+        raise ConfigError(f"{where}: there are two system messages", hint='leave "system" out, or the first of "messages"')
     first = asked.system or system
     if first and messages[0].role != "system":
         messages = [Message(role="system", content=first), *messages]
@@ -150,28 +154,51 @@ def output_held(settings: Settings, path: Path) -> Iterator[None]:
         lock.release()
 
 
-def still_owed(path: Path, questions: Sequence[Question]) -> list[Question]:
-    """The questions that an output has no answer for. Lines of theirs that hold an error leave the file.
+@dataclass(frozen=True)
+class Kept:
+    """What an output holds already: `digests` of the models that gave its answers, and how many `foreign` lines it has.
+
+    Those are answers to other prompts, or to these ones with other settings or of another model.
+    """
+
+    owed: list[Question]
+    digests: list[str]
+    foreign: int
+
+
+def still_owed(path: Path, questions: Sequence[Question]) -> Kept:
+    """What an output has of the answers. Its lines get the places of their prompts; those with an error leave the file.
 
     Raises:
+        ConfigError: it cannot be an output.
         StoreCorrupt: it holds something else than answers.
     """
+    asked = {question.task.id: question for question in questions}
     rows = _rows(path) if path.exists() else []
-    done = {row["request"] for row in rows if not row.get("error")}
+    kept = [_placed(row, asked) for row in rows if not (row.get("error") and row["request"] in asked)]
+    if kept != rows:
+        write_atomic(path.resolve(), b"".join(canonical_json(row) + b"\n" for row in kept))  # a link stays one
+    done = {row["request"]: str(row.get("digest", "")) for row in kept if row["request"] in asked}
     owed = [question for question in questions if question.task.id not in done]
-    again = {question.task.id for question in owed}
-    kept = [row for row in rows if row["request"] not in again]
-    if len(kept) < len(rows):
-        write_atomic(path, b"".join(canonical_json(row) + b"\n" for row in kept))
-    return owed
+    return Kept(owed, sorted(set(done.values())), len(kept) - len(done))
+
+
+def _placed(row: Row, asked: Mapping[str, Question]) -> Row:
+    """The same answer where its prompt is now: lines may have been put before it, or its id may have changed."""
+    question = asked.get(row["request"])
+    return {**row, "id": question.id, "line": question.line} if question else row
 
 
 def _rows(path: Path) -> list[Row]:
-    """The lines of an output. A last one that a crash has torn is cut off, once it is clear whose the file is."""
-    torn = path.read_bytes().rpartition(b"\n")[2].rstrip(b"\0")
-    rows = list(read_lines(path))
+    """The lines of an output. What a crash has torn at its end is cut off, once it is clear whose the file is."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file", hint="choose another file for --output: what it holds is read to continue")
+    data, end = path.read_bytes(), whole_end(path)
+    rows = list(islice(read_lines(path), data.count(b"\n", 0, end)))
     ours = all(isinstance(row.get("request"), str) and "answer" in row for row in rows)
-    if not ours or not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)):
+    torn, _, behind = data[end:].partition(b"\0")  # a power cut keeps some pages of a write, and leaves zeros for the others
+    begun = torn.startswith(_BEGIN) or (_BEGIN.startswith(torn) and bool(rows or torn or not behind.strip(b"\0")))
+    if not ours or not begun:
         raise StoreCorrupt(f"{path} holds something else than answers of hafs chat", hint="choose another file for --output")
     file = RowFile(path)
     try:

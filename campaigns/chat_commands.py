@@ -21,7 +21,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "help": Command("", "this list"),
     "system": Command("[TEXT|off]", "show, set or remove the system message"),
-    "set": Command("[NAME VALUE]", "change a setting, such as temperature 0.2; or list them"),
+    "set": Command("[NAME VALUE]", "change a setting (temperature 0.2), or list them"),
     "rate": Command("up|down [NOTE]", "keep your verdict on the last answer"),
     "retry": Command("", "ask the last question again"),
     "undo": Command("", "take back the last question and its answer"),
@@ -33,8 +33,6 @@ COMMANDS = {
 }
 _ALIASES = {"?": "help", "exit": "quit", "bye": "quit", "q": "quit"}
 _TYPED = re.compile(r"/([A-Za-z?]\w*)(?:\s+(.*))?\Z", re.DOTALL)
-
-
 RATINGS: dict[str, Rating] = {"up": "up", "down": "down"}
 
 
@@ -78,8 +76,7 @@ def parse(typed: str) -> tuple[str, str] | None:
 
 def changed(sampling: Sampling, text: str) -> Sampling:
     """`sampling` after `/set text`, such as "temperature 0.2". Raises ConfigError with what would be right."""
-    name, _, value = text.replace("=", " ").partition(" ")
-    value = value.strip()
+    name, value = _words(text.replace("=", " "))
     parameter = PARAMETERS.get(name)
     if parameter is None:
         near = difflib.get_close_matches(name, PARAMETERS, 1, 0.4)
@@ -99,6 +96,12 @@ def changed(sampling: Sampling, text: str) -> Sampling:
     return _with(sampling, name, number)
 
 
+def setting(sampling: Sampling, name: str) -> str:
+    """One of PARAMETERS as it is now, in words."""
+    value = getattr(sampling, name)
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _with(sampling: Sampling, name: str, value: Any) -> Sampling:
     field: dict[str, Any] = {name: value}
     return replace(sampling, **field)
@@ -106,7 +109,13 @@ def _with(sampling: Sampling, name: str, value: Any) -> Sampling:
 
 def rating(text: str) -> tuple[Rating, str]:
     """`up` or `down`, and the note, of `/rate text`. Raises ConfigError."""
-    word, _, note = text.partition(" ")
+    word, note = _words(text)
     if word in RATINGS:
-        return RATINGS[word], note.strip()
+        return RATINGS[word], note
     raise ConfigError(f'an answer is rated up or down, not "{word}"', hint="for example: /rate down it names the wrong register")
+
+
+def _words(text: str) -> tuple[str, str]:
+    """The first word and the rest."""
+    first, *rest = text.split(None, 1) or [""]
+    return first, rest[0].strip() if rest else ""

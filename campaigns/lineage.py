@@ -11,18 +11,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic_core import from_json
+from pydantic import ValidationError
 
 from campaigns.domains.registry import domain
 from campaigns.status import CampaignStatus
 from campaigns.sync.remote import Node
 from campaigns.sync.segments import SealedSegment, segment_file, unpack
+from config.contracts.base import Tolerant
 from config.contracts.manifest import Segment
+from config.contracts.sample import Provenance
 from config.contracts.wire import LINEAGE, Ancestor, ModelArgs
-from config.errors import ConfigError, NodeError, StoreCorrupt, StoreError
-from config.settings import Settings
+from config.errors import ConfigError, NodeError, StoreCorrupt, StoreError, translate_os_errors
+from config.settings import Settings, require_name
 
 LINEAGE_S = 120.0
+
+
+class Row(Tolerant):
+    """What a sample and a pair both say of themselves."""
+
+    id: str
+    domain: str = ""
+    source_id: str = ""
+    provenance: Provenance = Provenance(campaign="", task_id="")
 
 
 class Origin(NamedTuple):
@@ -92,12 +103,13 @@ def lineage(settings: Settings, node: Node, model: str) -> list[Step]:
     """The way back of a version: itself, then the version that it went on from, and so on.
 
     Raises:
+        ConfigError: that can be no model's name.
         JobNotFound: the node has no such model.
         NodeError: it does not answer.
     """
-    chain = node.call(LINEAGE, ModelArgs(model=model), LINEAGE_S).chain
+    chain = node.call(LINEAGE, ModelArgs.typed(model), LINEAGE_S).chain
     steps = [_step(settings, node, ancestor) for ancestor in chain]
-    if chain[-1].start:
+    if chain and chain[-1].start:
         steps[-1].missing.append(f"{chain[-1].start}, which it went on from, is not in the registry of {node.name}")
     return steps
 
@@ -135,50 +147,67 @@ def _step(settings: Settings, node: Node, ancestor: Ancestor) -> Step:
         except (StoreError, NodeError) as error:
             step.missing.append(f"segment {segment.sha256[:12]} with {segment.rows} rows: {error}")
     step.writers = sorted(writers.values(), key=lambda writer: -writer.rows)
-    for name in sorted({*ancestor.manifest.campaigns, *(writer.campaign for writer in step.writers)}):
+    _add_campaigns(settings, step, {*ancestor.manifest.campaigns, *(writer.campaign for writer in step.writers)})
+    return step
+
+
+def _add_campaigns(settings: Settings, step: Step, names: set[str]) -> None:
+    for name in sorted(names):
         try:
             step.campaigns.append(_campaign(settings, name))
-        except (ConfigError, StoreCorrupt) as error:
+        except ConfigError as error:
             if not _is_pairs(settings, name):
                 step.missing.append(f"campaign {name} is not on this machine: {error}")
-    return step
+        except (StoreError, OSError) as error:
+            step.missing.append(f"campaign {name} is on this machine, but cannot be read: {error}")
 
 
 def _is_pairs(settings: Settings, name: str) -> bool:
     """A set of pairs is data, but no campaign: its rows name the campaigns."""
-    return (settings.training / name / "pairs.jsonl").exists()
+    try:
+        return (settings.training / require_name(name, "set of pairs") / "pairs.jsonl").exists()
+    except ConfigError:
+        return False
 
 
-def _rows(settings: Settings, node: Node, ancestor: Ancestor, segment: Segment) -> Iterator[dict[str, Any]]:
+def _rows(settings: Settings, node: Node, ancestor: Ancestor, segment: Segment) -> Iterator[Row]:
     """The rows of a segment. Raises StoreError, NodeError where neither side has them whole."""
     path = segment_file(settings.segments, segment.sha256)
     if path.exists() and _sha256(path) == segment.sha256:
-        yield from map(from_json, unpack(SealedSegment(segment, path)))
+        yield from _parsed(unpack(SealedSegment(segment, path)))
         return
     if segment.sha256 not in ancestor.segments:
         raise StoreError(f"neither this machine nor {node.name} has it any more")
     with tempfile.TemporaryDirectory(prefix="hafs-") as folder:
         fetched = Path(folder) / path.name
-        with fetched.open("wb") as file:
+        with translate_os_errors(fetched), fetched.open("wb") as file:
             node.download(ancestor.segments[segment.sha256], file, 0, lambda count: None)
         if _sha256(fetched) != segment.sha256:
             raise StoreCorrupt(f"what {node.name} has of it is not what it was")
-        yield from map(from_json, unpack(SealedSegment(segment, fetched)))
+        yield from _parsed(unpack(SealedSegment(segment, fetched)))
 
 
-def _count(row: dict[str, Any], writers: dict[tuple[str, str, str, str], Writer], samples: list[Origin]) -> None:
-    made = row.get("provenance", {})
-    get = made.get
-    key = (get("campaign", ""), row.get("domain", ""), get("provider", ""), get("model", ""))
+def _parsed(lines: Iterable[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield Row.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise StoreCorrupt(f"row {number} is none, so the rest was not read ({what})") from None
+
+
+def _count(row: Row, writers: dict[tuple[str, str, str, str], Writer], samples: list[Origin]) -> None:
+    made = row.provenance
+    key = (made.campaign, row.domain, made.provider, made.model)
     writer = writers.setdefault(key, Writer(*key))
     writer.rows += 1
-    writer.cost_usd += get("cost_usd", 0.0)
-    writer.prompt_tokens += get("prompt_tokens", 0)
-    writer.completion_tokens += get("completion_tokens", 0)
-    prompt = get("prompt_sha256", "")
-    writer.prompts.add(prompt)
-    sample = get("task_id", "") or row["id"]
-    samples.append(Origin(row["id"], sample, row.get("source_id", ""), key[0], key[2], key[3], prompt, get("cost_usd", 0.0)))
+    writer.cost_usd += made.cost_usd
+    writer.prompt_tokens += made.prompt_tokens
+    writer.completion_tokens += made.completion_tokens
+    writer.prompts.add(made.prompt_sha256)
+    sample, prompt = made.task_id or row.id, made.prompt_sha256
+    samples.append(Origin(row.id, sample, row.source_id, made.campaign, made.provider, made.model, prompt, made.cost_usd))
 
 
 def _campaign(settings: Settings, name: str) -> Campaign:

@@ -2,7 +2,8 @@
 
 No step trusts a note that it was done: the campaign counts its files, the push asks the node what it has, training asks the node
 for the job that this loop submitted, the evaluation keeps each finished answer sheet under a name made of all that went into it.
-So a rerun does what is missing and nothing else, wherever the last one was cut off.
+So a rerun does what is missing and nothing else, wherever the last one was cut off. One thing is noted: of which job it promoted
+the model, so that what a person rolled back since then stays so.
 """
 
 import time
@@ -26,6 +27,7 @@ from campaigns.store import CampaignFiles
 from campaigns.sync.push import PushResult, push
 from campaigns.sync.remote import connect, connecting
 from campaigns.training import attach_or_submit, complete, require_success
+from campaigns.versions import keep_benchmarks, objection, promote
 from config.contracts.job import JobSpec, JobState, JobView
 from config.contracts.wire import MODELS, Nothing
 from config.errors import BudgetExceeded, ConfigError, HafsError
@@ -94,6 +96,9 @@ def run_loop(settings: Settings, loop: Loop, screen: Screen) -> LoopResult:
         evaluations = _evaluate(settings, loop, job, screen)
     report = settings.loops / loop.spec.name / "report.md"
     write_atomic(report, "\n".join(markdown(evaluation) for evaluation in evaluations).encode())
+    keep_benchmarks(settings, loop.spec.name, job, evaluations)
+    if loop.job.export.promote == "eval":
+        _promote(settings, loop, job, evaluations, screen)
     return LoopResult(job, evaluations, report, clock.seconds)
 
 
@@ -173,3 +178,22 @@ def _evaluate(settings: Settings, loop: Loop, job: JobView, screen: Screen) -> l
         trained_on = next((made.base for made in node.call(MODELS, Nothing()).models if made.tag == result.model), loop.job.base)
         with server_of(node, gguf=trained_on) as server:
             return anyio.run(run, server)
+
+
+def _promote(settings: Settings, loop: Loop, job: JobView, evaluations: list[Evaluation], screen: Screen) -> None:
+    """Let the aliases name the new model where the benchmarks speak for it, once; say what became of them."""
+    result, promoted = job.result, settings.loops / loop.spec.name / "promoted"
+    assert result is not None, "a job that succeeded has a result"
+    where = "" if loop.spec.node == LOCAL else f" --node {loop.spec.node}"
+    if promoted.exists() and promoted.read_text(encoding="utf-8") == job.id:
+        return screen.say(f"promoted by an earlier run; what the aliases name now: hafs models list{where}")
+    if reason := objection(evaluations):
+        return screen.say(f"no alias was moved: {reason}; to move them all the same: hafs models promote {result.model}{where}")
+    with connect(settings, loop.spec.node) as node:
+        changed = promote(node, result.model)
+    for made in changed.models:
+        aliases = " and ".join(made.aliases)
+        screen.say(f"promoted, as it beats its base: {made.tag} is {aliases}" if aliases else f"{made.tag} carries no alias")
+    for note in changed.notes:
+        screen.say(note)
+    write_atomic(promoted, job.id.encode())

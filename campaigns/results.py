@@ -9,7 +9,7 @@ from campaigns.sync import pull
 from campaigns.sync.pull import ARTIFACTS_S, OnProgress
 from campaigns.sync.remote import connect
 from campaigns.sync.survey import NodeState, survey
-from config.contracts.wire import ARTIFACTS, Artifact, ArtifactsArgs, ArtifactsResult
+from config.contracts.wire import ARTIFACTS, ArtifactsArgs, ArtifactsResult
 from config.errors import JobNotFound
 from config.settings import Settings
 
@@ -42,17 +42,16 @@ def fetch(settings: Settings, results: Results, names: Sequence[str], on_progres
         JobNotFound: nothing has such a name.
         NodeError, TransferError, StoreError: as a pull.
     """
-    wanted: dict[str, Artifact] = {}
+    listed = [artifact.name for artifact in results.found.files]
+    wanted: set[str] = set()
     for name in names:
         inside = name.rstrip("/") + "/"
-        matching = [artifact for artifact in results.found.files if artifact.name == name or artifact.name.startswith(inside)]
+        matching = [each for each in listed if each == name or each.startswith(inside)]
         if not matching:
-            known = ", ".join(artifact.name for artifact in results.found.files)
-            raise JobNotFound(f'{results.found.tag} has no "{name}"', hint=f"it has: {known}")
-        wanted.update({artifact.name: artifact for artifact in matching})
-    some = results.found.model_copy(update={"files": list(wanted.values())})
+            raise JobNotFound(f'{results.found.tag} has no "{name}"', hint=f"it has: {', '.join(listed)}")
+        wanted.update(matching)
     with connect(settings, results.node) as remote:
-        return pull.fetch(remote, settings, some, on_progress)
+        return pull.fetch(remote, settings, results.found, on_progress, wanted)
 
 
 def _version(states: Sequence[NodeState], tag: str) -> tuple[str, str]:

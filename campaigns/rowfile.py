@@ -106,9 +106,18 @@ class RowFile:
 
     def _lost(self, what: str) -> StoreError:
         return StoreError(
-            f"{self.path} {what} while the campaign was writing it",
+            f"{self.path} {what} while hafs was writing it",
             hint="put it back if you can; the same command continues with the rows that are there",
         )
+
+
+def whole_end(path: Path) -> int:
+    """Where `open` would cut the file off. Raises the OSError that the system gives."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        return _whole_end(handle)
+    finally:
+        os.close(handle)
 
 
 def _whole_end(handle: int) -> int:

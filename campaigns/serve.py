@@ -38,11 +38,12 @@ def serve(settings: Settings, node: str, model: str, options: ServeOptions, on_r
     Raises:
         MissingExtra: the packages of the extra `serve` are not installed.
         ConfigError: the port cannot be had, or an address that others reach has no key.
-        BadRequest: there is no such model at the node's server.
+        ModelMissing: there is no such model at the node's server.
         NodeError, ProviderError: node or server are not there.
     """
     require_extra()
     require_key(options)
+    import anyio
     import uvicorn
 
     from campaigns.serve_api import build
@@ -53,11 +54,16 @@ def serve(settings: Settings, node: str, model: str, options: ServeOptions, on_r
             model = look_for(server.url, model)
         host, port = listening.getsockname()[:2]
         gateway = Gateway(remote, model, server)
-        app = build(gateway, options.api_key, options.num_ctx)
+        app = build(gateway, options.api_key, options.num_ctx, host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         on_ready(url, model)  # connections wait in the queue until the server takes them
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_S)
-        uvicorn.Server(config).run(sockets=[listening])
+
+        async def answer() -> None:
+            await gateway.reach()
+            await uvicorn.Server(config).serve(sockets=[listening])
+
+        anyio.run(answer)
 
 
 def require_extra() -> None:
@@ -92,8 +98,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror}", hint="give an address of this machine") from error
+    except (OSError, UnicodeError) as error:  # the latter for what no name can be
+        what = error.strerror if isinstance(error, OSError) else "no host has such a name"
+        raise ConfigError(f"--host {host}: {what}", hint="give an address of this machine") from error
     try:
         if sys.platform != "win32":  # there it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -28,6 +28,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # the values at which nothing is asked
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
+    "web_search_options": (),
 }
 
 
@@ -55,19 +56,19 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """`model` may be left out: one model is served."""
+    """`model` may be left out: one model is served. null is what is not said, as OpenAI has it."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello!"}]}})
 
     model: str = ""
     messages: list[ChatMessage] = Field(min_length=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
@@ -78,13 +79,13 @@ class ChatRequest(BaseModel):
                 raise BadRequest(f"{name} is not supported here", parameter=name)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
             max_tokens=self.max_completion_tokens or self.max_tokens or num_ctx,
             num_ctx=num_ctx,
             seed=self.seed,
             schema=self._schema(),
-            stop=tuple(stop),
+            stop=tuple(filter(None, stop)),  # an empty one would end every answer before it begins
         )
 
     def _schema(self) -> str:

@@ -47,27 +47,28 @@ def server_of(
         patient: a node that does not answer now is no error; requests to its server fail until it does.
         before: the server as it was found earlier: an Ollama that is away for a moment is not replaced.
     """
+    wanted = RuntimeArgs.typed(model, gguf)
     try:
-        found = _found(node, RuntimeArgs(model=model, gguf=gguf), before)
+        found = _found(node, wanted, before)
     except NodeUnreachable as error:
         if not patient:
             raise
         log.warning("%s; its model server is used once it answers", error)
         found = RuntimeResult(url="", embedded=False, version="", started=False)
-    with tunnel(node, found.url, lambda: _again(node, found)) as url:
+    with tunnel(node, found.url, lambda: _again(node, wanted, found)) as url:
         yield Server(url, found.model, found.started, found.embedded)
 
 
 def _found(node: Node, args: RuntimeArgs, before: Server | None) -> RuntimeResult:
     if before is None or before.embedded:
         return node.call(RUNTIME, args, SERVER_S)
-    return RuntimeResult(url=_again(node, before), embedded=False, version="", started=False)
+    return RuntimeResult(url=_again(node, args, before), embedded=False, version="", started=False)
 
 
-def _again(node: Node, before: RuntimeResult | Server) -> str:
+def _again(node: Node, args: RuntimeArgs, before: RuntimeResult | Server) -> str:
     """Where a server is that was there before. An Ollama that is away for a moment is not replaced: its models are its own."""
     if before.embedded or not before.url:
-        return node.call(RUNTIME, RuntimeArgs(), FIND_S).url
+        return node.call(RUNTIME, args, FIND_S).url
     now = node.call(SERVER, Nothing(), FIND_S)
     if not now.url or now.embedded:
         raise ProviderUnavailable(f"{node.name}: no Ollama answers there", billable=False, hint="is its service running?")

@@ -4,6 +4,7 @@ What a deleted version left is its record alone; what is missing is empty, never
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ def chain(root: Path, model: str) -> list[Ancestor]:
     known = registry.records(root)
     listed = aliases.listing(root)
     checked = {view.tag: view for view in [*listed.models, *listed.failed]}
-    carrier = next((tag for tag, view in checked.items() if model in view.aliases or f"{model}:latest" in view.aliases), model)
+    alias = registry.alias_of(model)
+    wanted = next((tag for tag, view in checked.items() if alias in view.aliases), model)
     found: list[Ancestor] = []
-    wanted = carrier
     while wanted:
         try:
-            record = registry.find(known if found else [each for each in known if not each.deleted], wanted)
+            record = registry.find(known, wanted) if found else _first(known, wanted)
         except JobNotFound:
             if not found:
                 raise
@@ -43,6 +44,14 @@ def chain(root: Path, model: str) -> list[Ancestor]:
         found.append(ancestor.model_copy(update={"version": checked.get(record.tag, ancestor.version)}))
         wanted = record.start
     return found
+
+
+def _first(known: Sequence[ModelRecord], wanted: str) -> ModelRecord:
+    """A name means a version that passed where there is one."""
+    try:
+        return registry.find([each for each in known if each.counts], wanted)
+    except JobNotFound:
+        return registry.find([each for each in known if not each.deleted], wanted)
 
 
 def _ancestor(root: Path, record: ModelRecord) -> Ancestor:

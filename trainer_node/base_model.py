@@ -7,19 +7,27 @@ imported: a model file needs no code. What the hub has is found here and fetched
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from config.contracts.base_name import FORM, HUB, hub_file
-from config.errors import ConfigError, translate_os_errors
-from config.locks import alone
+from config.errors import ConfigError, StoreError, translate_os_errors
+from config.files import write_atomic
+from config.locks import FileLock
+from config.settings import load_settings
 
 PACKAGE = "package:"
+LISTEN_S = 1.0  # between two questions whether a wait is still wanted
+LARGE_BYTES = 2**26  # of a file whose hash is remembered
+SETTLED_NS = 3 * 10**9  # a file system's clock may be as coarse as 2 s: a change within them would not show
 # Files of a folder that say what its model computes, beside the weights.
 DESCRIBING = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("tokenizer.model", "chat_template.jinja"),
+    *("tokenizer.model", "added_tokens.json", "chat_template.jinja"),
 )
 
 
@@ -38,7 +46,10 @@ def resolve_base(base: str) -> Path:
         return _in_cache(base)
     if base.startswith(PACKAGE):
         return _in_package(base.removeprefix(PACKAGE))
-    path = Path(base).expanduser()
+    try:
+        path = Path(base).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{base}: {error}", hint="write the whole path, from / or from the drive on") from error
     if not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
         raise ConfigError(
             f"{base}: neither a .gguf file of this machine nor a folder with a config.json",
@@ -49,6 +60,8 @@ def resolve_base(base: str) -> Path:
 
 def base_sha256(base: Path) -> str:
     """The hash of a file; of a folder that of the names and hashes of its model's files.
+
+    Those of large files are remembered in the node's folder until a file is touched: many gigabytes take a minute.
 
     Raises:
         StoreError: it cannot be read.
@@ -86,12 +99,18 @@ def served_gguf(base: Path, sha256: str, folder: Path, told: Callable[[int, int]
     if base.is_file():
         return base
     target = folder / f"{sha256}.gguf"
-    if not target.exists():
-        from trainer_node.export.merged import export_merged
+    if target.exists():
+        return target
+    from trainer_node.export.merged import export_merged
 
-        with alone(target.with_suffix(".lock")):
-            if not target.exists():
-                export_merged(base, None, target, told)
+    lock = FileLock(target.with_suffix(".lock"))
+    while not lock.acquire(LISTEN_S):  # another job makes it, which takes minutes
+        told(0, 1)
+    try:
+        if not target.exists():
+            export_merged(base, None, target, told)
+    finally:
+        lock.release()
     return target
 
 
@@ -104,6 +123,32 @@ def _has_tokens_of_phi3(folder: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
+    """The hash of a file. Where it is large and nothing has touched it since, what is remembered."""
+    seen = _seen(path)
+    if seen[0] < LARGE_BYTES:
+        return _hashed(path)
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    note = load_settings().node_root / "cache" / "hashes" / f"{name}.json"
+    try:
+        written = json.loads(note.read_bytes())
+        if written["seen"] == seen and re.fullmatch("[0-9a-f]{64}", written["sha256"]):
+            return str(written["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = _hashed(path)
+    if _seen(path) == seen and time.time_ns() - max(seen[1], seen[2]) > SETTLED_NS:
+        with suppress(StoreError):  # it is only for speed
+            write_atomic(note, json.dumps({"path": str(path), "seen": seen, "sha256": found}).encode())
+    return found
+
+
+def _seen(path: Path) -> list[int]:
+    """What changes with a file's content, even where its time of modification is set back (ctime) or a copy takes its place."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+
+
+def _hashed(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,6 +8,7 @@ import gc
 import sys
 from pathlib import Path
 
+from config import standard_output
 from config.errors import HafsError, MissingExtra
 
 INTERRUPTED = 130  # as a shell counts Ctrl-C
@@ -24,6 +25,7 @@ def main() -> None:
             else:
                 from trainer_node.commands import app
 
+                standard_output.guard()
                 app()
         except ModuleNotFoundError as error:
             raise MissingExtra(f"the package {error.name} is not installed", hint='pip install "hafs[node]"') from error

@@ -19,6 +19,7 @@ from config.contracts.job import JobSpec
 from config.contracts.manifest import DatasetManifest, Segment
 from config.contracts.sample import Message, PreferencePair, Sample
 from config.errors import JobFailed
+from trainer_node.special_text import has_special
 
 MAX_WINDOW_BYTES = 2**27  # what unpacking may hold in memory; zstd's own bound for streams
 
@@ -37,6 +38,7 @@ class Encoded:
     """A row as it is trained: the rendered texts and their token ids. Each answer ends with the end-of-turn token.
 
     `quotes`: a message holds the text of a control token, so `prompt` alone does not tell what was the template's.
+    `lead`: what an answer has to stand behind so that it is tokenized as it is behind the prompt; mostly nothing.
     """
 
     row: Row
@@ -45,6 +47,7 @@ class Encoded:
     prompt_ids: list[int]
     answer_ids: tuple[list[int], ...]
     quotes: bool = False
+    lead: str = ""
 
     @property
     def tokens(self) -> int:
@@ -70,17 +73,18 @@ def prepare(rows: Iterable[Row], spec: JobSpec, special: Sequence[str], encode: 
         special: control tokens as text; a row with one in an answer is dropped.
 
     Raises:
-        JobFailed: a row has another system message than the job, or too few rows or sources are left.
+        JobFailed: a row has another system message than the job or cannot be encoded, or too few rows or sources are left.
     """
     dropped: Counter[str] = Counter()
     kept: list[Encoded] = []
     seen: set[Row] = set()
+    control = frozenset(special)
     for number, raw in enumerate(rows, 1):
         row = with_system(raw, spec.system, number)
-        reason = "duplicate" if row in seen else _fault(row, special)
+        reason = "duplicate" if row in seen else _fault(row, control)
         seen.add(row)
         if not reason:
-            encoded = encode(row)
+            encoded = _encoded(encode, row, number)
             if encoded.longest <= spec.train.max_length:
                 kept.append(encoded)
                 continue
@@ -155,6 +159,13 @@ def read_manifest(root: Path, dataset_id: str) -> DatasetManifest:
         raise JobFailed(f"{path}: no such dataset on this node", hint="push the data again: `hafs sync push`") from error
 
 
+def _encoded(encode: Callable[[Row], Encoded], row: Row, number: int) -> Encoded:
+    try:
+        return encode(row)
+    except JobFailed as error:
+        raise JobFailed(f"row {number} of the dataset: {error}", hint=error.hint) from error
+
+
 def _row(line: bytes, pairs: bool) -> Row:
     if pairs:
         pair = PreferencePair.model_validate_json(line)
@@ -185,7 +196,7 @@ def _lines(path: Path, segment: Segment) -> Iterator[bytes]:
         raise JobFailed(what, hint="seal the data anew: remove the folder `segments` on the laptop, and push again")
 
 
-def _fault(row: Row, special: Sequence[str]) -> str:
+def _fault(row: Row, control: frozenset[str]) -> str:
     """Why a row cannot be trained; empty if it can."""
     if not row.messages or row.messages[-1].role != "user":
         return "last message is not the user's"
@@ -195,7 +206,7 @@ def _fault(row: Row, special: Sequence[str]) -> str:
         return "empty answer"
     if len(row.answers) != len(set(row.answers)):
         return "chosen and rejected are the same"
-    if any(token in answer for token in special for answer in row.answers):
+    if any(has_special(answer, control) for answer in row.answers):
         return "control token in the answer"
     return ""
 

@@ -174,9 +174,13 @@ def _model_server(root: Path) -> Check:
 
 def _quantizer() -> Check:
     """Only makes models smaller, so none is no fault."""
-    found = shutil.which("llama-quantize")
-    hint = "" if found else "to make smaller files of merged models, put llama.cpp's llama-quantize into the PATH"
-    return Check("quantizer", True, found or "no llama-quantize", hint)
+    try:
+        from trainer_node.export.quantize import choose
+    except ModuleNotFoundError as error:
+        return Check("quantizer", False, f"the package {error.name} is missing", 'pip install "hafs[node]"')
+    choice = choose("Q4_K_M")
+    hint = "to make smaller files of merged models, put llama.cpp's llama-quantize into the PATH" if choice.note else ""
+    return Check("quantizer", True, choice.name, hint)
 
 
 def _service(root: Path) -> Check:

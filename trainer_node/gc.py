@@ -1,7 +1,9 @@
-"""What the node can do without: parts of uploads, datasets and segments that nothing names. What is in use never goes.
+"""What the node can do without: parts of uploads, datasets, segments and bases that nothing names. What is in use never goes.
 
 A dataset stays while a job names it, while it is the newest of its name, and for a week after it was last pushed. A segment stays
-while a dataset names it that stays, and for a week after it was last asked for; a part for a week after its last byte.
+while a dataset names it that stays, and for a week after it was last asked for; a part for a week after its last byte. The GGUF
+of a base, which is made for the model server and can be made again, stays for a week, while there is a version of that base, and
+while any job has not ended: what a job's base is, only the job knows.
 """
 
 import os
@@ -17,6 +19,7 @@ from config.contracts.wire import Garbage
 from config.errors import StoreCorrupt, translate_os_errors
 from config.faults import around
 from config.locks import alone
+from trainer_node.registry import records
 
 KEPT_S = 7 * 24 * 3600.0
 
@@ -26,15 +29,17 @@ def collect(root: Path, jobs: Iterable[JobView], *, dry_run: bool) -> list[Garba
 
     Raises:
         StoreCorrupt: a manifest cannot be read, so nobody knows which segments it names. Nothing was removed.
+        JobFailed: the registry cannot be read. Nothing was removed.
         StoreError: something cannot be removed.
     """
-    before = time.time() - KEPT_S
+    jobs, before = list(jobs), time.time() - KEPT_S
     with alone(root / "datasets" / "gc.lock"), translate_os_errors(root):
         manifests = {path: _read(path) for path in (root / "datasets").glob("*.json")}
         kept = _kept(manifests, {job.dataset_id for job in jobs}, before)
         named = {segment.sha256 for path in kept for segment in manifests[path].segments}
         segments = [path for path in (root / "segments").glob("*") if path.name.partition(".")[0] not in named]
-        old = [path for path in (*segments, *_parts(root)) if path.stat().st_mtime < before]
+        bases = [] if any(not job.state.ended for job in jobs) else _bases_of_no_version(root)
+        old = [path for path in (*segments, *_parts(root), *bases) if path.stat().st_mtime < before]
         going = [*(path for path in manifests if path not in kept), *old]
         garbage = [Garbage(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size) for path in going]
         for path in [] if dry_run else going:  # the manifests first: none ever names a segment that is gone
@@ -52,6 +57,13 @@ def _kept(manifests: dict[Path, DatasetManifest], in_jobs: set[str], before: flo
 def _parts(root: Path) -> Iterator[Path]:
     for pattern in ("*.part", "*.copy"):
         yield from (root / "incoming").glob(pattern)
+
+
+def _bases_of_no_version(root: Path) -> list[Path]:
+    """Also what a conversion left that was killed."""
+    used = {record.base_sha256 for record in records(root) if not record.deleted}
+    made = (path for pattern in ("*.gguf", "*.gguf.partial") for path in (root / "cache" / "bases").glob(pattern))
+    return [path for path in made if path.name.partition(".")[0] not in used]
 
 
 def _read(path: Path) -> DatasetManifest:

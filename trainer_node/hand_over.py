@@ -2,7 +2,8 @@
 
 - The answer to an unload proves nothing: a model is gone once /api/ps lists it no more, and then the driver says what is free.
 - What is in the way is named, never ended: it may be anybody's. What is loaded again before training begins is unloaded again.
-- A server that is not there holds nothing. Ollama and hafs's own runtime are one and the same here.
+- A server that is not there holds nothing, and one on another machine holds nothing here. Ollama and hafs's own runtime are one
+  and the same.
 """
 
 import logging
@@ -14,7 +15,7 @@ from config.errors import BadRequest, LeaseLost, ProviderUnavailable, StoreError
 from trainer_node.gpu import card_memory
 from trainer_node.ollama import OllamaApi
 from trainer_node.periodic import every
-from trainer_node.runtime.launch import RuntimeInfo, find_server
+from trainer_node.runtime.launch import RuntimeInfo, find_server, is_of_this_machine
 
 WATCH_S = 5.0  # between two looks while a model is trained
 
@@ -27,7 +28,7 @@ def in_the_way(root: Path, needed_mb: float) -> str:
     Args:
         needed_mb: memory of the GPU, in MB of 2**20 bytes; 0 where none is trained on. More than there is, is not waited for.
     """
-    return _held_by_server(find_server(root)) or _missing_on_gpu(needed_mb)
+    return _held_by_server(_server_here(root)) or _missing_on_gpu(needed_mb)
 
 
 @contextmanager
@@ -41,6 +42,12 @@ def watched(root: Path, tell: Callable[[str], None], every_s: float = WATCH_S) -
 
     with every(every_s, look, name="model-server-watch"):
         yield
+
+
+def _server_here(root: Path) -> RuntimeInfo | None:
+    """The node's model server, unless OLLAMA_HOST names another machine."""
+    server = find_server(root)
+    return server if server and is_of_this_machine(server.url) else None
 
 
 def _held_by_server(server: RuntimeInfo | None) -> str:
@@ -57,7 +64,7 @@ def _held_by_server(server: RuntimeInfo | None) -> str:
 def _asked_to_go(api: OllamaApi, model: str) -> str:
     try:
         api.ask_to_unload(model)
-    except BadRequest as refused:  # deleted while it is loaded: it goes when its time is over
+    except BadRequest as refused:  # deleted while Ollama has it loaded: it goes when its time is over
         return f"{model} ({refused})"
     return model
 
@@ -75,7 +82,7 @@ def _missing_on_gpu(needed_mb: float) -> str:
 def _told(root: Path, seen: set[str], tell: Callable[[str], None]) -> set[str]:
     """What is loaded now; `seen` is what was at the last look. A look that fails shows nothing new."""
     try:
-        server = find_server(root)
+        server = _server_here(root)
         if server is None:
             loaded = set()
         else:

@@ -4,6 +4,7 @@
   is fetched; from then on it stands for that commit on this machine.
 - Of a whole repository come the files that describe and hold the model, never code and no second copy of the weights. The weights
   come last: where they are whole in the cache, everything is.
+- What a repository calls its files is a stranger's word: only plain names become files here, on every system.
 - A file has its name only when it is whole, and its hash is the one that the hub told.
 - A fetch that was cut off goes on at the byte where it stopped, in the next attempt too. (huggingface_hub 2 begins anew.)
 - Endpoint, cache folder and token are huggingface_hub's (HF_ENDPOINT, HF_HOME, HF_TOKEN); a token may also be in keys.toml.
@@ -24,8 +25,7 @@ from typing import IO, NamedTuple, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-from config.contracts.base_name import COMMIT, HubFile
-from config.contracts.names import is_portable
+from config.contracts.base_name import COMMIT, HubFile, is_plain
 from config.errors import AuthFailed, ConfigError, DiskFull, ModelMissing, ProviderUnavailable, translate_os_errors
 from config.files import replace, sync_folder, write_atomic
 from config.locks import FileLock
@@ -89,8 +89,11 @@ def _is_whole(folder: Path) -> bool:
     index = folder / INDEX
     if not index.is_file():
         return (folder / SINGLE).is_file()
-    shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    return all((folder / Path(shard).name).is_file() for shard in shards)
+    try:
+        shards = {Path(shard).name for shard in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # a repository's own mistake: `fetch` says so
+        return False
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def pin(file: HubFile, *, offline: bool) -> HubFile:
@@ -119,7 +122,7 @@ def fetch(file: HubFile, told: Told, wait: Callable[[Callable[[], str]], None], 
         wait: calls its argument again and again until it returns "": it returns what is waited for.
 
     Raises:
-        ModelMissing: no such repository, revision or file; a repository without safetensors.
+        ModelMissing: no such repository, revision or file; a repository without safetensors, or without all of them.
         AuthFailed: the repository is gated or private, and the token does not open it.
         ProviderUnavailable: the hub cannot be reached, or what came is not what it said.
         DiskFull, StoreError: the cache folder cannot take it.
@@ -139,7 +142,11 @@ def fetch(file: HubFile, told: Told, wait: Callable[[Callable[[], str]], None], 
         for each, remote in remotes:
             _fetch_file(client, each, remote, partial(_told_of_all, told, done, total), wait)
             done += remote.size
-    return _snapshots(file) / file.revision
+    folder = _snapshots(file) / file.revision
+    if not _is_whole(folder):
+        hint = f"look at {_page(file)}: it may still be uploaded; or take another repository"
+        raise ModelMissing(f"{file.repo} is no whole model: its {INDEX} names files that it does not have", hint=hint)
+    return folder
 
 
 def _told_of_all(told: Told, before: int, total: int, done: int, _: int) -> None:
@@ -187,11 +194,12 @@ def _listing(client: httpx.Client, file: HubFile) -> tuple[str, list[str]]:
 
 def _needed(file: HubFile, names: list[str]) -> list[str]:
     """What is fetched of a repository: descriptions first, the weights last. Raises ModelMissing."""
-    inside = sorted(name for name in names if "/" not in name and is_portable(name))
-    weights = [name for name in inside if WEIGHTS.fullmatch(name)]
+    inside = sorted(name for name in names if is_plain(name))
+    shards = [name for name in inside if WEIGHTS.fullmatch(name) and name != SINGLE]
+    weights = shards if INDEX in inside and shards else [SINGLE] if SINGLE in inside else []
     if not weights or CONFIG not in inside or not set(TOKENIZERS) & set(inside):
         told = f"{file.repo} is no whole model in safetensors: it needs {CONFIG}, {' or '.join(TOKENIZERS)}, and {SINGLE}"
-        raise ModelMissing(told, hint=_offers(file, names))
+        raise ModelMissing(f"{told}, or its parts with their {INDEX}", hint=_offers(file, names))
     return [name for name in inside if name.endswith((".json", ".jinja")) or name == "tokenizer.model"] + weights
 
 
@@ -204,7 +212,11 @@ def _snapshots(file: HubFile) -> Path:
 def _client() -> httpx.Client:
     from huggingface_hub import get_token
 
-    token = load_settings().key("HF_TOKEN") or get_token()
+    token = (load_settings().key("HF_TOKEN") or get_token() or "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", token):  # httpx would repeat it in its complaint
+        raise AuthFailed(
+            "the HF_TOKEN of this node has blanks or letters that no token has", hint=f"set another one {_set_token()}"
+        )
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return httpx.Client(headers={**headers, "Accept-Encoding": "identity"}, timeout=TIMEOUT_S)
 
@@ -221,7 +233,7 @@ def _look(client: httpx.Client, file: HubFile) -> Remote:
     answer = _patiently(lambda: ask(_url(file)))
     for _ in range(MAX_REDIRECTS):
         there = answer.headers.get("Location", "")
-        if not there.startswith("/"):
+        if not there.startswith("/") or there.startswith("//"):  # another host: the token is not for it
             break
         answer = _patiently(partial(ask, str(answer.url.join(there))))
     said = answer.headers

@@ -2,12 +2,14 @@
 
     jobs/<id>/job.json            the TrainJob; written by rpc before the job is queued
     jobs/<id>/base.json           the commit of a base from the hub: every attempt takes the same
+    jobs/<id>/start.json          the version that a dpo job goes on from: every attempt the same
+    jobs/<id>/server              exists: an Ollama has answered this job, which no other server replaces
     jobs/<id>/stop                exists: stop at the next step, keep the checkpoint
     jobs/<id>/metrics.jsonl       one Metrics a line
     jobs/<id>/checkpoints/        checkpoint-N/, whole ones marked by COMPLETE.json
     jobs/<id>/adapter/            the trained PEFT adapter, marked by COMPLETE.json
-    jobs/<id>/adapter.gguf
-    jobs/<id>/{plan,training_stats,evaluation,result}.json
+    jobs/<id>/adapter.gguf, gguf/, merged/    the forms that were made of it
+    jobs/<id>/{plan,training_stats,evaluation,probes,export,result}.json
     jobs/<id>/attempts/<n>/log.txt        everything the pipeline printed, byte for byte
     jobs/<id>/attempts/<n>/runner.json    who runs it: written by the runner, again every five seconds
     jobs/<id>/attempts/<n>/stage.json     where it is: written by the pipeline

@@ -39,9 +39,9 @@ class Dressing:
 class OllamaApi:
     """One server. Every method raises ProviderUnavailable (not reachable, 5xx) or BadRequest (refused: never worth a retry)."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.url = url.rstrip("/")
-        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        timeout = httpx.Timeout(answer_timeout_s, connect=CONNECT_TIMEOUT_S)
         no_idle = httpx.Limits(max_keepalive_connections=0)  # a server may end between two calls, hours apart
         self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=no_idle, trust_env=False)
 
@@ -55,11 +55,13 @@ class OllamaApi:
         self.close()
 
     def version(self) -> str:
-        return str(self._json("GET", "/api/version")["version"])
+        with self._translated("GET", "/api/version"):
+            return str(self._json("GET", "/api/version")["version"])
 
     def tags(self) -> dict[str, str]:
         """Digest of the manifest by full name (`model:tag`)."""
-        return {str(model["name"]): str(model["digest"]) for model in self._json("GET", "/api/tags")["models"]}
+        with self._translated("GET", "/api/tags"):
+            return {str(model["name"]): str(model["digest"]) for model in self._json("GET", "/api/tags")["models"]}
 
     def show(self, model: str) -> dict[str, Any]:
         return self._json("POST", "/api/show", {"model": model})
@@ -122,11 +124,13 @@ class OllamaApi:
         licenses: Sequence[str] = (),
         on_status: Callable[[str], None] = lambda status: None,
         on_progress: Progress = lambda sent, total: None,
+        just_before: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a model of GGUF files: checked, uploaded where they are missing, created, the final `success` seen.
 
         Args:
             on_progress: told of each file that is uploaded, bytes sent and bytes in all.
+            just_before: called once all files are there; what it raises ends it.
         """
         _full_name(model)
         check_files(files.values(), (adapters or {}).values())
@@ -134,6 +138,7 @@ class OllamaApi:
         body: dict[str, Any] = {"model": model, "files": {n: self.put_blob(path, on_progress) for n, path in files.items()}}
         if adapters:
             body["adapters"] = {name: self.put_blob(path, on_progress) for name, path in adapters.items()}
+        just_before()
         optional = {"system": system, "template": template, "parameters": parameters, "license": list(licenses)}
         self._create(body | {name: value for name, value in optional.items() if value}, on_status)
 
@@ -160,7 +165,11 @@ class OllamaApi:
 
     def chat(self, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
         """One whole answer, as the server gave it. The caller looks at `done_reason`: only `stop` is a finished answer."""
-        return self._json("POST", "/api/chat", {"model": model, "messages": messages, "options": options, "stream": False})
+        body = {"model": model, "messages": messages, "options": options, "stream": False}
+        with self._translated("POST", "/api/chat"):
+            answer = self._json("POST", "/api/chat", body)
+            answer["message"]["content"]  # of what answers otherwise nobody knows what it is
+            return answer
 
     def tokenize(self, model: str, text: str) -> list[int] | None:
         """Token ids of a prompt, special tokens parsed; None where the server has no such route (a real Ollama)."""
@@ -199,11 +208,11 @@ class OllamaApi:
             raise ProviderUnavailable(f"{method} {self.url}{path}: not an answer of Ollama ({error})") from error
 
 
-def register_gguf(api: OllamaApi, name: str, path: Path) -> None:
+def register_gguf(api: OllamaApi, name: str, path: Path, on_progress: Progress = lambda sent, total: None) -> None:
     """Make `name` from a GGUF file, unless the server has a model of that name. Raises BadRequest."""
     wanted = _full_name(name).casefold()
     if wanted not in {tag.casefold() for tag in api.tags()}:
-        api.create(name, files={path.name: path})
+        api.create(name, files={path.name: path}, on_progress=on_progress)
 
 
 def check_files(files: Iterable[Path], adapters: Iterable[Path]) -> None:

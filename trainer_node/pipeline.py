@@ -4,9 +4,9 @@
 
 Each stage leaves its files, whole or not at all, and is skipped where they are there: the next attempt of a job goes on where the
 last one stopped, and repeats no training for the sake of a registration. Exit codes: 0 with result.json; 75 after the stop file;
-76 where the model server or the hub is away or the disk full, which is worth another attempt; anything else ends the job. What is
-waited for is told in attempts/N/stage.json, a failure in error.json. It writes into its job's folder, the registry, models/ and
-the hub's cache, nothing else.
+76 where the model server or the hub is away, the disk full or the registry held, which is worth another attempt; anything else
+ends the job. What is waited for is told in attempts/N/stage.json, a failure in error.json. It writes into its job's folder, the
+registry, models/, cache/bases/ and the hub's cache, nothing else.
 """
 
 import argparse
@@ -20,12 +20,13 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.contracts.job import JobError, JobState
 from config.contracts.sample import Message
-from config.errors import DiskFull, HafsError, JobCancelled, JobFailed, ProviderUnavailable, StoreError
+from config.errors import DiskFull, HafsError, JobCancelled, JobFailed, ProviderUnavailable, StoreError, StoreHeld
 from config.files import write_atomic
 from trainer_node import dataset, hub, registry
 from trainer_node.hand_over import in_the_way, watched
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # loads torch
     from trainer_node.evaluate import Evaluation
     from trainer_node.export.register import Exported
 
-PASSING = (ProviderUnavailable, DiskFull)  # failures that another attempt may not meet
+PASSING = (ProviderUnavailable, DiskFull, StoreHeld)  # failures that another attempt may not meet
 FULL_BYTES = 2**20  # a disk with less free is full
 MEASURE_MB = 1024  # of a GPU: its driver's own, and the products that are measured before the plan says what training needs
 ENVIRONMENT = {
@@ -58,7 +59,7 @@ log = logging.getLogger("hafs")
 def prepare(work: Work) -> None:
     """Read and check everything, tell the plan, and make sure that training and serving agree on tokens."""
     from trainer_node.train.agreement import require_agreement
-    from trainer_node.train.plan import make_plan, plan_lines, require_room
+    from trainer_node.train.plan import make_plan, plan_lines, require_context, require_room
 
     rank = work.spec.lora.rank
     if work.start is not None:
@@ -71,10 +72,13 @@ def prepare(work: Work) -> None:
     write_atomic(work.dir.path / "plan.json", plan.model_dump_json(indent=1).encode())
     for line in plan_lines(plan):
         log.info(line)
+    require_context(plan, work.base)
     require_room(plan)
     with work.connect() as api:
-        register_gguf(api, work.base.tag, work.base_gguf)
-        log.info(require_agreement(api, work.base.tag, data.train))
+        register_gguf(api, work.base.tag, work.base_gguf, partial(work.progress, "uploading the base"))
+        work.say("")
+        log.info(require_agreement(api, work.base.tag, data.train, partial(work.progress_rows, "comparing tokens")))
+        work.say("")
     needed_mb = plan.memory_mb if work.device.kind == "cuda" else 0.0
     work.wait_for(lambda: in_the_way(work.root, needed_mb))
 
@@ -124,12 +128,10 @@ def evaluate(work: Work) -> None:
 
 
 def export(work: Work) -> None:
-    from trainer_node.export.forms import make_form
+    from trainer_node.export.forms import make_form, wanted_form
 
-    wanted = work.spec.export
-    made = make_form(
-        wanted.route, wanted.quantize, base=work.base.path, adapter=work.dir.adapter, folder=work.dir.path, say=work.progress
-    )
+    route, kind = wanted_form(work.spec.export, work.base.path)
+    made = make_form(route, kind, base=work.base.path, adapter=work.dir.adapter, folder=work.dir.path, say=work.progress)
     write_atomic(work.export_file, made.model_dump_json(indent=1).encode())
     work.say("")
     what = f", weights in {made.quantized}" if made.quantized else ""
@@ -148,7 +150,9 @@ def register(work: Work) -> None:
     noted = Probes.model_validate_json(work.probes_file.read_bytes())
     draft = _draft(work, found, made)
     with work.connect() as api:
-        record = registering.register(api, draft, made, work.base_gguf, work.base.context, work.spec, work.dir, noted)
+        draft = draft.model_copy(update={"server": work.server})
+        told = partial(work.progress, "uploading")
+        record = registering.register(api, draft, made, work.base_gguf, work.base.context, work.spec, work.dir, noted, told)
         record, note = registering.promoted(api, work.root, record, work.spec)
     note = "; ".join(each for each in (made.note, note) if each)
     work.dir.write_result(registering.result_of(record, note, api.url, stats.train_s, stats.steps))
@@ -183,11 +187,16 @@ def _size(work: Work) -> str:
 
 
 def _will_register(work: Work) -> str:
+    from trainer_node.export.forms import wanted_form
+
     name, size = work.spec.name, _size(work)
+    route, kind = wanted_form(work.spec.export, work.base.path)
+    what = "the base and an adapter" if route == "adapter" else f"one GGUF in {kind}"
+    version = f"{name}:{size + '-' if size else ''}v<next> ({what})"
     aliases = " and ".join([*([f"{name}:{size}"] if size else []), f"{name}:latest"])
     if work.spec.export.promote == "eval":
-        return f"{name}:{size + '-' if size else ''}v<next>; {aliases} move by hand"
-    return f"{name}:{size + '-' if size else ''}v<next>, and {aliases} as far as hafs made them"
+        return f"{version}; {aliases} move after the benchmarks, or by hand"
+    return f"{version}, and {aliases} as far as hafs made them"
 
 
 def _probe(work: Work) -> tuple[Message, ...]:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
 from config.contracts.base import Tolerant
-from config.contracts.job import PairScores, Perplexity
+from config.contracts.job import PairScores, Perplexity, TrainJob
 from config.contracts.wire import ModelVersion
 from config.errors import JobFailed, JobNotFound
 from config.faults import around
@@ -26,13 +26,16 @@ from config.files import write_atomic
 from config.locks import alone
 
 LOCK_WAIT_S = 30
+OLLAMA: Literal["ollama"] = "ollama"
+EMBEDDED: Literal["embedded"] = "embedded"
+START_FILE = "start.json"
 
 
 class ModelRecord(Tolerant):
     """One version with its lineage. `digest` is the server's; `aliases` are those it carried when the server was last seen.
 
-    `promotion`: the how-manieth promotion of its name; 0: never promoted, or rolled back. `fault`: why the gate stopped it.
-    `quantized` is what the weights of a merged model really are, and `quantizer` made them so.
+    `promotion`: counts the promotions of its name; 0: never promoted, or rolled back. `fault`: why the gate stopped it.
+    `quantized` is what the weights of a merged model really are, and `quantizer` made them so. `server`: where it was registered.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ModelRecord(Tolerant):
     route: str = "adapter"
     quantized: str = ""
     quantizer: str = ""
+    server: Literal["", "ollama", "embedded"] = ""  # "": nobody noted it
     digest: str = ""
     aliases: list[str] = []
     promotion: int = 0
@@ -79,6 +83,10 @@ class ModelRecord(Tolerant):
     def wanted_aliases(self) -> list[str]:
         """Those that move to it when it is promoted."""
         return [*([f"{self.name}:{self.size}"] if self.size else []), self.latest]
+
+    def is_called(self, tag: str) -> bool:
+        """Whether that is its tag, or the short one without a size."""
+        return tag.casefold() in (self.tag.casefold(), f"{self.name}:v{self.version}")
 
     @property
     def counts(self) -> bool:
@@ -131,22 +139,26 @@ def versions(root: Path) -> list[ModelVersion]:
     return [record.view() for record in records(root) if record.counts]
 
 
-def resolve(root: Path, model: str) -> ModelRecord:
+def resolve(root: Path, model: str, *, failed: bool = False) -> ModelRecord:
     """The version that a tag (hafs-coder:14b-v7, hafs-coder:v7), an alias or a name means, of those that passed the gate.
+
+    Args:
+        failed: a tag may also mean one that did not pass and is kept for inspection.
 
     Raises:
         JobNotFound: no such model was registered by this node.
     """
-    return find([record for record in records(root) if record.counts], model)
+    known = records(root)
+    kept = [record for record in known if failed and record.fault and not record.deleted and record.is_called(model)]
+    return kept[0] if kept else find([record for record in known if record.counts], model)
 
 
 def find(known: Sequence[ModelRecord], model: str) -> ModelRecord:
     """The same among `known`. A name or an alias means the version that stands for it, without one the newest of that name."""
-    wanted = model.casefold()
     for record in known:
-        if wanted in (record.tag.casefold(), f"{record.name}:v{record.version}"):
+        if record.is_called(model):
             return record
-    alias = wanted if ":" in wanted else f"{wanted}:latest"
+    alias = alias_of(model)
     if (record_ := standing(known).get(alias)) is not None:
         return record_
     found = [record for record in known if alias in record.wanted_aliases]
@@ -154,6 +166,11 @@ def find(known: Sequence[ModelRecord], model: str) -> ModelRecord:
         tags = ", ".join(record.tag for record in known if not record.deleted) or "none"
         raise JobNotFound(f"no model {model!r} was made on this node", hint=f"models here: {tags}")
     return max(found, key=lambda record: record.version)
+
+
+def alias_of(model: str) -> str:
+    """The alias that a name means; an alias or a tag as it is, in lower case."""
+    return model.casefold() if ":" in model else f"{model.casefold()}:latest"
 
 
 def standing(known: Iterable[ModelRecord]) -> dict[str, ModelRecord]:
@@ -198,6 +215,44 @@ def save(root: Path, record: ModelRecord) -> None:
     """Replace the record of that version."""
     with held(root) as known:
         write(root, replaced(known, record))
+
+
+def note(root: Path, record: ModelRecord, **figures: Any) -> ModelRecord:
+    """Change these fields of a version, whatever else became of it meanwhile; the record as it is then."""
+    with held(root) as known:
+        now = next(each for each in known if (each.name, each.version) == (record.name, record.version))
+        changed = now.model_copy(update=figures)
+        write(root, replaced(known, changed))
+        return changed
+
+
+class StartPin(Tolerant):
+    """start.json of a dpo job: the version that its first attempt went on from."""
+
+    start: str
+
+
+def pinned_start(job: Path) -> str:
+    """In the folder of a job; "" while nothing is pinned."""
+    try:
+        return StartPin.model_validate_json((job / START_FILE).read_bytes()).start
+    except (FileNotFoundError, ValidationError):
+        return ""
+
+
+def pin_start(job: Path, tag: str) -> None:
+    """A name means another version once one is promoted; every attempt goes on from the same."""
+    with around("start.pin"):
+        write_atomic(job / START_FILE, StartPin(start=tag).model_dump_json().encode())
+
+
+def starts(job: Path) -> list[str]:
+    """What a job goes on from, or will: what it has pinned, and what it names."""
+    try:
+        named = TrainJob.model_validate_json((job / "job.json").read_bytes()).spec.start
+    except (FileNotFoundError, ValidationError):
+        named = ""
+    return [each for each in (pinned_start(job), named) if each]
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from trainer_node.refusals import note_refusal
 
 if TYPE_CHECKING:  # loads httpx
     from trainer_node.ollama import OllamaApi
+    from trainer_node.runtime.launch import RuntimeInfo
 
 DAEMON_IDLE_EXIT_S = 900
 BODY_CHUNK_BYTES = 2**17
@@ -300,13 +301,13 @@ class Service:
         from trainer_node.aliases import delete
 
         with self._server() as api:
-            return delete(api, self.root, args.model)
+            return delete(api, self.root, args.model, self._queue.owed())
 
     def prune(self, args: wire.PruneArgs) -> wire.ModelsChanged:
         from trainer_node.aliases import prune
 
         with self._server() as api:
-            return prune(api, self.root, args.keep, args.name, dry_run=args.dry_run)
+            return prune(api, self.root, args.keep, args.name, self._queue.owed(), dry_run=args.dry_run)
 
     def export(self, args: wire.ExportArgs) -> wire.ExportState:
         from trainer_node.export.request import ask
@@ -316,15 +317,15 @@ class Service:
     def artifacts(self, args: wire.ArtifactsArgs) -> wire.ArtifactsResult:
         from trainer_node.registry import resolve
 
-        model = resolve(self.root, args.model)
-        return wire.ArtifactsResult(tag=model.tag, files=list_artifacts(self.root / model.folder))
+        model = resolve(self.root, args.model, failed=True)
+        return wire.ArtifactsResult(tag=model.tag, job=model.job, files=list_artifacts(self.root / model.folder))
 
     def runtime(self, args: wire.RuntimeArgs) -> wire.RuntimeResult:
         from trainer_node.base_model import base_sha256, base_tag, resolve_base, served_gguf
         from trainer_node.runtime.launch import ensure_runtime
 
         path = resolve_base(args.gguf) if args.gguf else None  # first: nothing is started for a file that is not there
-        info, model = ensure_runtime(self.root), args.model
+        info, model = ensure_runtime(self.root) if path else self._models_server(), args.model
         if path is not None:
             from trainer_node.ollama import OllamaApi, register_gguf
 
@@ -359,12 +360,18 @@ class Service:
 
         return wire.DoctorResult(checks=[wire.DoctorCheck(**check._asdict()) for check in examine(self.root, args.time)])
 
-    def _server(self) -> "OllamaApi":
-        """A client of the node's model server, which is started if there is none."""
-        from trainer_node.ollama import OllamaApi
-        from trainer_node.runtime.launch import ensure_runtime
+    def _models_server(self) -> "RuntimeInfo":
+        """The server that has the node's models, started if it is hafs's own. Raises ProviderUnavailable."""
+        from trainer_node.aliases import at_ollama, server_of
+        from trainer_node.registry import records
 
-        return OllamaApi(ensure_runtime(self.root).url)
+        return server_of(self.root, ollama=at_ollama(records(self.root)))
+
+    def _server(self) -> "OllamaApi":
+        """A client of the server that has the node's models."""
+        from trainer_node.ollama import OllamaApi
+
+        return OllamaApi(self._models_server().url)
 
     def _write_job(self, id_: str, job: TrainJob) -> None:
         JobDir(self.root / "jobs" / id_).write_job(job)

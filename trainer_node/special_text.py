@@ -8,7 +8,7 @@ tokenizes what stands between two of them by itself.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 MARK = "\U000ff5e7"  # doubled where a message has it itself
@@ -18,10 +18,12 @@ UNKNOWN, CONTROL = 2, 3  # tokenizer.ggml.token_type
 CONTROL_BY_NAME = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>"
     " _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>"
-    " <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>"
-    " <|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>"
-    " <|fim_middle|> <fim-middle> <fim_middle> <MID> ▁<MID> <|code_middle|> <|middle|>"
-    " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+    " <turn|> <|tool_response> [e~[ <|ifm|im_end|> <｜end▁of▁sentence｜>"
+    " <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> <｜fim▁begin｜> <|plamo:fim_prefix|>"
+    " <|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <｜fim▁hole｜> <|plamo:fim_suffix|>"
+    " <|fim_middle|> <fim-middle> <fim_middle> <MID> ▁<MID> <|code_middle|> <|middle|> <｜fim▁end｜> <|plamo:fim_middle|>"
+    " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>"
+    " <|plamo:file_separator|>".split()
 )
 SHORTEST = 2  # characters; nothing can be put into a shorter token, which is text wherever it stands
 
@@ -32,6 +34,12 @@ def mark(content: str, specials: Collection[str]) -> str:
     while pattern and pattern.search(marked):  # again: one that began inside another is left by the first time
         marked = pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], marked)
     return marked
+
+
+def has_special(text: str, specials: Collection[str]) -> bool:
+    """Whether the text of a special token is in it."""
+    pattern = _pattern(frozenset(specials))
+    return bool(pattern and pattern.search(text))
 
 
 def split(rendered: str, specials: Collection[str], stripping: Collection[str] = ()) -> list[tuple[str, bool]]:
@@ -71,5 +79,19 @@ def stripping_of(name: str, specials: Collection[str]) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def _pattern(specials: frozenset[str]) -> re.Pattern[str] | None:
     """Matches the longest special token at a place, as a group, so that `re.split` keeps it."""
-    words = sorted((word for word in specials if len(word) >= SHORTEST), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
+    words = [word for word in specials if len(word) >= SHORTEST]
+    return re.compile(f"({_any_of(words)})") if words else None
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """An expression for the longest of the words. It reads a letter once however many there are: Gemma 3 has 6,000."""
+    rests: dict[str, list[str]] = {}
+    ends = False
+    for word in words:
+        ends = ends or not word
+        if word:
+            rests.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(first) + _any_of(rest) for first, rest in rests.items()]
+    if len(branches) == 1 and not ends:
+        return branches[0]
+    return f"(?:{'|'.join(branches)}){'?' if ends else ''}" if branches else ""

@@ -6,7 +6,7 @@ is waited for is waited for without end; the stop file ends any waiting and any 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from tenacity import Retrying, retry_if_result, wait_exponential
 from config.contracts.base_name import HUB, hub_file
 from config.contracts.job import JobState
 from config.errors import JobCancelled, JobFailed
+from config.files import write_atomic
 from trainer_node import dataset, hub, registry
+from trainer_node.aliases import server_of
 from trainer_node.base_model import resolve_base, served_gguf
 from trainer_node.jobdir import JobDir, Stage
 from trainer_node.ollama import OllamaApi
-from trainer_node.runtime.launch import ensure_runtime
 from trainer_node.train.base import BaseModel, load_model, load_tokenizer, read_base, special_tokens
 from trainer_node.train.encode import encode
 
@@ -48,6 +49,7 @@ class Work:
         self.evaluation_file = job_dir.path / "evaluation.json"
         self.probes_file = job_dir.path / "probes.json"
         self.export_file = job_dir.path / "export.json"
+        self.server_file = job_dir.path / "server"
 
     def enter(self, state: JobState, detail: str) -> None:
         """A stage begins. What `detail` says is what a person reads beside the job's state."""
@@ -88,10 +90,17 @@ class Work:
 
     def progress(self, step: str, done: int, total: int) -> None:
         """What takes minutes, now and then, in bytes. Raises JobCancelled."""
+        self._tell(f"{step}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    def progress_rows(self, step: str, done: int, total: int) -> None:
+        """The same in rows."""
+        self._tell(f"{step}: {done:,} of {total:,} rows")
+
+    def _tell(self, detail: str) -> None:
         self.require_going()
         if time.monotonic() - self._told_at >= PROGRESS_EVERY_S:
             self._told_at = time.monotonic()
-            self.say(f"{step}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            self.say(detail)
 
     @cached_property
     def base_gguf(self) -> Path:
@@ -135,20 +144,32 @@ class Work:
             raise JobFailed(
                 f"a {self.spec.kind} job trains on {wanted}, {manifest.name} holds {manifest.kind}", hint="name other data"
             )
-        rows = dataset.read_rows(self.root, manifest)
-        return dataset.prepare(rows, self.spec, self.special, lambda row: encode(self.tokenizer, row))
+        total = sum(segment.rows for segment in manifest.segments)
+        rows = self._counted(dataset.read_rows(self.root, manifest), total)
+        found = dataset.prepare(rows, self.spec, self.special, lambda row: encode(self.tokenizer, row))
+        self.say("")
+        return found
+
+    def _counted(self, rows: Iterable[dataset.Row], total: int) -> Iterator[dataset.Row]:
+        for done, row in enumerate(rows):
+            self.progress_rows("tokenizing", done, total)
+            yield row
 
     @cached_property
     def start(self) -> registry.ModelRecord | None:
-        """The model a dpo job goes on from. Raises JobFailed if it was trained on another base."""
+        """The model a dpo job goes on from, the same in every attempt. Raises JobFailed if it was trained on another base."""
         if not self.spec.start:
             return None
-        record = registry.resolve(self.root, self.spec.start)
+        pinned = registry.pinned_start(self.dir.path)
+        record = registry.resolve(self.root, pinned or self.spec.start)
         if record.base_sha256 != self.base.sha256:
             raise JobFailed(
                 f"{record.tag} was trained on {record.base}, which is not the file that base = {self.spec.base!r} is now",
                 hint="use the base of the model that the job starts from",
             )
+        if not pinned:
+            self.dir.require_lease()
+            registry.pin_start(self.dir.path, record.tag)
         return record
 
     @cached_property
@@ -158,9 +179,22 @@ class Work:
         longest = max(row.longest for row in self.data.train)
         return probe(self.spec.train.batch * longest, self.base.hidden, self.base.feed_forward, self.spec.train.dtype)
 
+    @property
+    def server(self) -> str:
+        """Of which kind the model server is that this job has met: an Ollama, once one has answered."""
+        return registry.OLLAMA if self.server_file.exists() else registry.EMBEDDED
+
     def connect(self) -> OllamaApi:
-        """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends."""
-        runtime = ensure_runtime(self.root)
+        """A client of the model server, asked for anew by each stage: while a model is trained an idle one ends.
+
+        Raises:
+            ProviderUnavailable: an Ollama that answered this job is away; a model at another server nobody would look for.
+        """
+        runtime = server_of(self.root, ollama=self.server == registry.OLLAMA)
+        if not runtime.embedded:
+            write_atomic(self.server_file, runtime.url.encode())
+        else:
+            self.server_file.unlink(missing_ok=True)
         log.info("runtime: %s (%s %s)", runtime.url, "embedded" if runtime.embedded else "Ollama", runtime.version)
         return OllamaApi(runtime.url)
 

@@ -1,6 +1,8 @@
 """A campaign in the terminal: a live table where there is a terminal, a line now and then where there is none."""
 
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -15,6 +17,7 @@ from campaigns.run import run_campaign
 from campaigns.spec import CampaignSpec
 from campaigns.status import CampaignEnd
 from campaigns.store import CampaignFiles
+from config.errors import StoreError
 from config.settings import Settings
 
 LINE_EVERY_S = 10.0
@@ -28,7 +31,11 @@ def run_live(settings: Settings, spec: CampaignSpec, folder: Path) -> CampaignEn
     with _Screen() as screen:
 
         def show(state: LiveState) -> None:
-            screen.show(as_told(files, state))
+            try:
+                with suppress(StoreError):  # a full disk makes a campaign pause, not end
+                    screen.show(as_told(files, state))
+            except SystemExit:  # nobody reads it any more: as with a terminal that was closed, what runs is finished
+                signal.raise_signal(signal.SIGINT)
 
         return anyio.run(run_campaign, settings, spec, folder, show, _draining)
 
@@ -100,7 +107,8 @@ def _tell_next(seen: Picture) -> None:
 
 
 def _draining() -> None:
-    render.line("finishing what runs; Ctrl-C again stops at once")
+    with suppress(SystemExit, StoreError):  # its reader may have had the same Ctrl-C: hafs campaign start … | tee FILE
+        render.line("finishing what runs; Ctrl-C again stops at once")
 
 
 class _Screen(Screen):

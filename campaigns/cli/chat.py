@@ -9,8 +9,8 @@ import typer
 def chat(
     model: Annotated[str, typer.Argument(help="A model of the node's server.")] = "hafs-coder",
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="Ask this, print the answer and end; - reads it from stdin.")
-    ] = "",
+        str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and end; - reads it from stdin.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--input", help="Answer many: JSONL with prompt or messages (also id, system), or one prompt a line."),
@@ -23,7 +23,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Of the likeliest tokens so many; without it the server's own.")
+        int | None, typer.Option(min=0, help="Of the likeliest tokens so many, 0 for all; without it the server's own.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
     num_ctx: Annotated[int, typer.Option(min=256, help="Tokens of the whole conversation.")] = 4096,
@@ -35,10 +35,10 @@ def chat(
     from config.settings import load_settings
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, num_ctx=num_ctx)
-    if file or output:
+    if file or output or parallel:
         files = chat_many.file_pair(file, output, prompt)
         chat_many.ask_many(load_settings(), node, model, system, files, parallel, sampling)
-    elif prompt:
+    elif prompt is not None:
         chat_live.ask_one(load_settings(), node, model, system, prompt, sampling)
     else:
         chat_live.converse(load_settings(), node, model, system, sampling)

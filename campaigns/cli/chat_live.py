@@ -5,7 +5,6 @@ question looks for the server anew. Ctrl-C stops what is under way; only /quit a
 """
 
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +13,13 @@ from pathlib import Path
 
 from agents.task import Sampling
 from campaigns import feedback
-from campaigns.chat import Answer, Conversation, Exchange, ask, look_for
-from campaigns.chat_commands import COMMANDS, PARAMETERS, changed, parse, rating
+from campaigns.chat import Answer, Conversation, Exchange, ask, look_for, written
+from campaigns.chat_commands import COMMANDS, PARAMETERS, changed, parse, rating, setting
 from campaigns.cli import chat_prompt, render
 from campaigns.serving import Server, server_of
 from campaigns.sync.remote import Node, connect
 from config.contracts.feedback import Feedback, answer_id
-from config.errors import BadRequest, ConfigError, HafsError, ProviderError
+from config.errors import BadRequest, ConfigError, HafsError, ProviderError, translate_os_errors
 from config.files import write_atomic
 from config.settings import Settings
 
@@ -51,9 +50,17 @@ def converse(settings: Settings, node: str, model: str, system: str, sampling: S
 
 def _answered(node: Node, found: Server | None, model: str, before: Conversation, question: str, sampling: Sampling) -> Answer:
     """The server is asked for each time: the one that was `found` before may have ended meanwhile."""
-    with server_of(node, before=found) as server, _shown(model) as show:
-        _tell_started(server.started)
-        return ask(server.url, model, before.messages(question), sampling, show)
+    answer: Answer | None = None
+    try:
+        with server_of(node, before=found) as server, _shown(model) as show:
+            _tell_started(server.started)
+            answer = ask(server.url, model, before.messages(question), sampling, show)
+    except KeyboardInterrupt:
+        if answer is None:
+            raise  # else it is a second one, while the way to the server is closed
+    if not answer.text.strip():
+        render.note("the answer is empty")
+    return answer
 
 
 def _tell_started(started: bool) -> None:
@@ -64,7 +71,7 @@ def _tell_started(started: bool) -> None:
 @contextmanager
 def _shown(model: str) -> Iterator[Callable[[str], None]]:
     """Shows pieces of an answer; until the first one a terminal sees that it is waited for."""
-    waiting = render.console.status(f"waiting for {render.printable(model)}") if render.console.is_terminal else None
+    waiting = render.console.status(f"waiting for {render.printable(model)}") if render.on_screen() else None
     begun = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every console of Windows has every character
@@ -103,6 +110,9 @@ class _Session:
         self._model, self._said, self._sampling = model, said, sampling
         self._read = chat_prompt.reader(settings.chat_history, [f"/{word}" for word in COMMANDS])
         self._saved: set[Path] = set()
+        self._person = chat_prompt.on_terminal()
+        self._stopped = False
+        self._failed = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "system": self._system,
@@ -117,17 +127,31 @@ class _Session:
         }
 
     def run(self) -> None:
-        while (typed := self._typed()) is not None:
+        """Until the end. Raises ProviderError where nobody was there to see that something was not done."""
+        going = True
+        while going:
             try:
-                if not self._heed(typed):
-                    return
-            except KeyboardInterrupt:
-                if not chat_prompt.on_terminal():
+                going = self._next()
+            except KeyboardInterrupt:  # nothing is done here: the next one may come at any moment
+                if not self._person:
                     raise
-                self._node.close()  # half a reply may lie in the connection: the next question makes a new one
-                render.note("stopped")
-            except HafsError as error:
-                self._tell(error)
+                self._stopped = True
+        if self._failed and not self._person:
+            raise ProviderError(f"{self._failed} of the lines were not answered or not done", hint="it is said above why")
+
+    def _next(self) -> bool:
+        """Mend what a Ctrl-C has left, and do what is typed next. False at the end."""
+        if self._stopped:
+            self._node.close()  # half a reply may lie in the connection: the next question makes a new one
+            render.note("stopped")
+            self._stopped = False
+        try:
+            typed = self._typed()
+            return typed is not None and self._heed(typed)
+        except HafsError as error:
+            self._failed += 1
+            self._tell(error)
+            return True
 
     def _typed(self) -> str | None:
         """What was typed next; None at the end. Ctrl-C throws away what stands there."""
@@ -135,7 +159,7 @@ class _Session:
             try:
                 return self._read()
             except KeyboardInterrupt:
-                if not chat_prompt.on_terminal():
+                if not self._person:
                     raise
 
     def _heed(self, typed: str) -> bool:
@@ -148,7 +172,7 @@ class _Session:
         word, rest = command
         if word == "quit":
             return False
-        self._commands[word](rest)
+        self._commands[word](chat_prompt.unquoted(rest))
         return True
 
     def _ask(self, before: Conversation, question: str) -> None:
@@ -158,6 +182,7 @@ class _Session:
         try:
             answer = _answered(self._node, self._server, self._model, before, question, self._sampling)
         except HafsError as error:
+            self._failed += 1
             self._tell(error)
             return render.note("  the question is not part of the conversation; /retry asks it again")
         exchange = Exchange(question, answer, before.messages(question), self._sampling)
@@ -188,7 +213,7 @@ class _Session:
     def _set(self, text: str) -> None:
         if text:
             self._sampling = changed(self._sampling, text)
-        render.note(", ".join(f"{name} {_setting(self._sampling, name)}" for name in PARAMETERS))
+        render.note(", ".join(f"{name} {setting(self._sampling, name)}" for name in PARAMETERS))
 
     def _rate(self, text: str) -> None:
         word, note = rating(text)
@@ -224,10 +249,17 @@ class _Session:
         render.note("a new conversation")
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser().absolute()
-        if path.exists() and path not in self._saved:
+        try:
+            path = Path(name).expanduser().absolute()
+        except RuntimeError as error:
+            raise ConfigError(f"{name}: {error}", hint="write the folder out") from None
+        if not name.isprintable():
+            raise ConfigError("that is no name of a file", hint="/save FILE")
+        with translate_os_errors(path):
+            there = path.exists()
+        if there and path not in self._saved:
             raise ConfigError(f"{path} exists already", hint="choose another name: nothing is written over")
-        write_atomic(path, _written(self._said, self._model, path.suffix == ".json").encode())
+        write_atomic(path, written(self._said, self._model, path.suffix == ".json").encode())
         self._saved.add(path)
         render.note(f"saved: {path}")
 
@@ -239,7 +271,7 @@ class _Session:
     def _info(self, _: str) -> None:
         with server_of(self._node, before=self._server) as server:
             render.line(f"model     {self._model} on {self._node.name} ({server.url})")
-        render.line(f"asked     {', '.join(f'{name} {_setting(self._sampling, name)}' for name in PARAMETERS)}")
+        render.line(f"asked     {', '.join(f'{name} {setting(self._sampling, name)}' for name in PARAMETERS)}")
         own = "the model's own"
         render.line(f"system    {_start(self._said.system) or own}")
         render.line(f"said      {len(self._said.exchanges)} questions and answers")
@@ -254,20 +286,6 @@ class _Session:
         return self._said.exchanges[-1]
 
 
-def _setting(sampling: Sampling, name: str) -> str:
-    value = getattr(sampling, name)
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _start(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:59]}…"
-
-
-def _written(said: Conversation, model: str, as_json: bool) -> str:
-    messages = said.messages()
-    if as_json:
-        return json.dumps({"model": model, "messages": [message.model_dump() for message in messages]}, indent=1) + "\n"
-    return "".join(
-        f"## {model if message.role == 'assistant' else message.role}\n\n{message.content}\n\n" for message in messages
-    )

@@ -15,9 +15,9 @@ from config.errors import ConfigError, HafsError, ProviderError
 from config.settings import Settings
 
 
-def file_pair(source: Path | None, target: Path | None, prompt: str) -> tuple[Path, Path]:
+def file_pair(source: Path | None, target: Path | None, prompt: str | None) -> tuple[Path, Path]:
     """Input and output of many prompts. Raises ConfigError where they do not belong together."""
-    if source is None or target is None or prompt:
+    if source is None or target is None or prompt is not None:
         raise ConfigError("--input and --output go together, without --prompt", hint="hafs chat --input FILE --output FILE")
     if source.resolve() == target.resolve():
         raise ConfigError("--input and --output are one file", hint="choose another file for the answers")
@@ -31,14 +31,19 @@ def ask_many(
     source, target = files
     questions = read_questions(source, model, system, sampling)
     with output_held(settings, target):
-        owed = still_owed(target, questions)
-        kept = len(questions) - len(owed)
+        kept = still_owed(target, questions)
         try:
-            end = _answered_all(settings, node, model, owed, target, parallel) if owed else BatchEnd()
+            end = _answered_all(settings, node, model, kept.owed, target, parallel) if kept.owed else BatchEnd()
         except (KeyboardInterrupt, HafsError):
-            render.note(f"stopped; {target} keeps what was answered, and the same command continues")
+            if target.exists():
+                render.note(f"stopped; {target} keeps what was answered, and the same command continues")
             raise
-    render.line(f"{target}: {kept + end.answered} of {len(questions)} answered" + (f", {kept} of them before" if kept else ""))
+    before = len(questions) - len(kept.owed)
+    by = ", ".join(digest[:12] for digest in kept.digests)  # the same name may stand for another model by now
+    told = f", {before} of them before (by the model {by})" if before else ""
+    render.line(f"{target}: {before + end.answered} of {len(questions)} answered{told}")
+    if kept.foreign:
+        render.note(f"{kept.foreign} lines of it are no answers to these prompts, as they are asked now")
     if end.cut:
         render.note(f"{end.cut} answers were cut at {sampling.max_tokens} tokens: their done_reason is length (--max-tokens)")
     if end.failed:

@@ -6,6 +6,7 @@ Enter sends; Alt-Enter begins a new line, and so does Enter between two \"\"\". 
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ def on_terminal() -> bool:
 
 
 def reader(history: Path, words: list[str]) -> Reader:
-    """A function that gives what was typed next, None at the end; it raises KeyboardInterrupt for Ctrl-C.
+    """A function that gives what was typed next, None at the end.
+
+    It raises KeyboardInterrupt for Ctrl-C, and ConfigError for a line that is no text.
 
     Args:
         history: the file of what was typed in earlier sessions; nobody else may read it.
@@ -35,8 +38,20 @@ def reader(history: Path, words: list[str]) -> Reader:
 
 def standard_input() -> str:
     """All of it. Raises ConfigError where it is no text."""
+    return _decoded(sys.stdin.buffer.read())
+
+
+def unquoted(text: str) -> str:
+    """What stands between two \"\"\"; all of it where nothing does."""
+    inner = text.strip()
+    if len(inner) >= 2 * len(QUOTES) and inner.startswith(QUOTES) and inner.endswith(QUOTES):
+        return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
+    return text
+
+
+def _decoded(given: bytes) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return given.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"what came through standard input is no UTF-8 (byte {error.start})", hint="convert it first") from None
 
@@ -47,11 +62,17 @@ def _terminal(history: Path, words: list[str]) -> Reader:
     from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.history import FileHistory
 
+    class History(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # a full disk costs the history a line, and nobody the conversation
+                _keep_private(history)
+                super().store_string(string)
+
     with translate_os_errors(history):
         history.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(history, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        _keep_private(history)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(history)),
+        history=History(str(history)),
         completer=WordCompleter(words, sentence=True),
         complete_while_typing=False,
         multiline=True,
@@ -62,11 +83,21 @@ def _terminal(history: Path, words: list[str]) -> Reader:
 
     def read() -> str | None:
         try:
-            return _unquoted(session.prompt(FormattedText([("bold", "> ")])))
+            typed = session.prompt(FormattedText([("bold", "> ")]))
         except EOFError:
             return None
+        return unquoted(typed.encode(errors="replace").decode())  # bytes that are no UTF-8 came as what no file can hold
 
     return read
+
+
+def _keep_private(path: Path) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    try:
+        if os.name == "posix":  # it may have been there
+            os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
 
 
 def _keys() -> "KeyBindings":
@@ -91,12 +122,6 @@ def _keys() -> "KeyBindings":
     return keys
 
 
-def _unquoted(text: str) -> str:
-    inner = text.strip()
-    if len(inner) >= 2 * len(QUOTES) and inner.startswith(QUOTES) and inner.endswith(QUOTES):
-        return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
-    return text
-
-
 def _next_line() -> str | None:
-    return sys.stdin.readline() or None
+    line = sys.stdin.buffer.readline()
+    return _decoded(line) if line else None

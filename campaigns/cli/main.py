@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from campaigns.cli import campaign, chat, data, loop, models, nodes, serve, setup, sync, train
+from config import standard_output
 from config.errors import HafsError, MissingExtra, StoreError
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # else a last collection goes through all that was loaded: a fifth of a short command's time
     logging.getLogger("hafs").addHandler(logging.NullHandler())  # lines of a log that is not open are not for the terminal
     try:
+        standard_output.guard()
         app()
     except HafsError as error:
         fail(error)
@@ -74,15 +76,22 @@ def main() -> None:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         fail(MissingExtra(f"the package {error.name} is not installed", hint='pip install "hafs[laptop]"'))
+    except SystemExit as end:
+        if end.code == standard_output.READER_LEFT or not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Typer takes every broken pipe for its reader's leaving, and says nothing
+        fail(StoreError("what hafs was writing to has ended: broken pipe", hint="run the same command again"))
     except OSError as error:  # a file of the user's that cannot be read: edges that know more have said more
         fail(StoreError(f"{error.filename or 'a file'}: {error.strerror or error}", hint="check that it exists and is yours"))
 
 
 def fail(error: HafsError) -> None:
-    typer.echo(f"error: {error}", err=True)
-    if error.hint:
-        typer.echo(f"  {error.hint}", err=True)
-    sys.exit(error.exit_code)
+    try:
+        typer.echo(f"error: {error}", err=True)
+        if error.hint:
+            typer.echo(f"  {error.hint}", err=True)
+    finally:  # also where nobody reads it any more
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

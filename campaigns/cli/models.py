@@ -49,13 +49,16 @@ def lineage(model: Model, samples: Samples = True, node: OnNode = "local", as_js
 
 @app.command()
 def compare(first: Model, second: Model, node: OnNode = "local", as_json: Json = False) -> None:
-    """Two versions side by side."""
+    """Two versions side by side, with what `hafs run` on this machine has measured of them."""
     from campaigns.cli import render_models
-    from campaigns.versions import compared, version
+    from campaigns.versions import benchmarks, compared, version
+    from config.settings import load_settings
 
     with _connect(node) as remote:
-        both = version(remote, first), version(remote, second)
-    render_models.compared(both[0].version.tag, both[1].version.tag, compared(*both), as_json)
+        a, b = version(remote, first), version(remote, second)
+    settings = load_settings()
+    figures = compared(a, b, (benchmarks(settings, a), benchmarks(settings, b)))
+    render_models.compared(a.version.tag, b.version.tag, figures, as_json)
 
 
 @app.command()
@@ -63,7 +66,7 @@ def promote(model: Model, node: OnNode = "local", as_json: Json = False) -> None
     """Let the aliases (hafs-coder:14b, hafs-coder:latest) name this version."""
     from config.contracts.wire import PROMOTE, ModelArgs
 
-    _change(node, PROMOTE, ModelArgs(model=model), as_json)
+    _change(node, PROMOTE, ModelArgs.typed(model), as_json)
 
 
 @app.command()
@@ -89,21 +92,24 @@ def delete(
     """Remove a version from the model server, the registry and the node's disk."""
     from config.contracts.wire import DELETE, ModelArgs
 
-    _change(node, DELETE, ModelArgs(model=tag), as_json)
+    _change(node, DELETE, ModelArgs.typed(tag), as_json)
 
 
 @app.command()
 def prune(
-    keep: Annotated[int, typer.Option("--keep", min=1, help="So many of the newest versions of each name stay.")],
+    keep: Annotated[
+        int, typer.Option("--keep", min=1, help="So many of the newest of each name stay, and so many that did not pass.")
+    ],
     name: Annotated[str, typer.Argument(help="Of this name alone.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     node: OnNode = "local",
     as_json: Json = False,
 ) -> None:
-    """Delete old versions; what an alias names stays."""
-    from config.contracts.wire import PRUNE, PruneArgs
+    """Delete old versions; what an alias names, what is loaded and what a job needs stays."""
+    from config.contracts.wire import PRUNE, ModelArgs, PruneArgs
 
-    _change(node, PRUNE, PruneArgs(keep=keep, name=name, dry_run=dry_run), as_json)
+    of = ModelArgs.typed(name).model if name else ""
+    _change(node, PRUNE, PruneArgs(keep=keep, name=of, dry_run=dry_run), as_json, dry_run=dry_run)
 
 
 @app.command()
@@ -134,9 +140,9 @@ def _connect(node: str) -> "Node":
     return connect(load_settings(), node)
 
 
-def _change(node: str, verb: "Verb[Any, ModelsChanged]", args: Any, as_json: bool) -> None:
+def _change(node: str, verb: "Verb[Any, ModelsChanged]", args: Any, as_json: bool, *, dry_run: bool = False) -> None:
     from campaigns.cli import render_models
     from campaigns.serving import SERVER_S
 
     with _connect(node) as remote:
-        render_models.changed(remote.call(verb, args, SERVER_S), as_json)
+        render_models.changed(remote.call(verb, args, SERVER_S), as_json, dry_run=dry_run)

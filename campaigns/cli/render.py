@@ -43,6 +43,11 @@ def raw(text: str) -> None:
     console.print(printable(text), markup=False, end="")
 
 
+def on_screen() -> bool:
+    """Whether what moves can be shown. FORCE_COLOR makes a terminal of a pipe for colours alone."""
+    return console.is_terminal and sys.stdout.isatty()
+
+
 def as_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
@@ -66,7 +71,7 @@ def printable(text: str) -> str:
 
 
 def heading(text: str) -> None:
-    console.print(f"\n[bold]{escape(text)}[/bold]")
+    console.print(f"\n[bold]{escape(printable(text))}[/bold]")
 
 
 # figures ---------------------------------------------------------------------------------------------------------------
@@ -148,7 +153,9 @@ def jobs(views: Sequence[JobView], json_wanted: bool) -> None:
     made = table("job", "kind", "model", "state", ">attempt", "created", "detail")
     for view in views:
         detail = view.error.message if view.error else view.detail
-        made.add_row(view.id, view.kind, view.name, view.state, str(view.attempt), when(view.created_at), escape(detail))
+        made.add_row(
+            view.id, view.kind, view.name, view.state, str(view.attempt), when(view.created_at), escape(printable(detail))
+        )
     console.print(made)
 
 
@@ -170,7 +177,7 @@ def row(row: dict[str, Any], json_wanted: bool) -> None:
 def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, silent elsewhere; the function it gives takes bytes done and bytes in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with TransferBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with TransferBar(*columns, console=console, transient=True, disable=not on_screen()) as bar:
         task = bar.add_task(word, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -179,7 +186,7 @@ def transfer(word: str) -> Iterator[Callable[[int, int], None]]:
 def counted(word: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, silent elsewhere; the function it gives takes what is done and what has failed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with TransferBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with TransferBar(*columns, console=console, transient=True, disable=not on_screen()) as bar:
         task = bar.add_task(word, total=total)
 
         def told(done: int, failed: int) -> None:

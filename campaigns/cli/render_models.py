@@ -71,15 +71,17 @@ def compared(first: str, second: str, figures: Sequence[Figure], json_wanted: bo
     render.console.print(made)
 
 
-def changed(result: ModelsChanged, json_wanted: bool) -> None:
+def changed(result: ModelsChanged, json_wanted: bool, *, dry_run: bool = False) -> None:
     if json_wanted:
         return render.as_json(result.model_dump(mode="json"))
     for each in result.models:
         render.line(f"{each.tag} is {_aliases(each)}" if each.aliases else f"{each.tag} carries no alias")
     for tag in result.removed:
-        render.line(f"{tag} is gone")
+        render.line(f"{tag} would go" if dry_run else f"{tag} is gone")
     for note in result.notes:
         render.line(note)
+    if not (result.models or result.removed or result.notes):
+        render.line("nothing to delete")
 
 
 def exported(state: ExportState, node: str, json_wanted: bool) -> None:
@@ -97,7 +99,7 @@ def exported(state: ExportState, node: str, json_wanted: bool) -> None:
 def making() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal, silent elsewhere; the function it gives takes what is done now, bytes done and bytes in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=render.console, transient=True, disable=not render.console.is_terminal) as bar:
+    with Progress(*columns, console=render.console, transient=True, disable=not render.on_screen()) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None)
 

@@ -23,12 +23,12 @@ def states(found: "Sequence[NodeState]", json_wanted: bool) -> None:
         return render.as_json([asdict(state) for state in found])
     made = render.table("node", "where", "state", "hafs", "daemon", ">running", ">waiting")
     for state in found:
+        name, where, hafs = (escape(render.printable(text)) for text in (state.name, state.where, state.hafs))
         if state.problem:
-            made.add_row(state.name, escape(state.where), "does not answer", "", "", "", "")
+            made.add_row(name, where, "does not answer", "", "", "", "")
         else:
             daemon = "running" if state.daemon else "on demand"
-            row = (state.name, escape(state.where), "ok", escape(state.hafs), daemon, str(state.running), str(state.waiting))
-            made.add_row(*row)
+            made.add_row(name, where, "ok", hafs, daemon, str(state.running), str(state.waiting))
     render.console.print(made)
     for state in found:
         if state.problem:
@@ -51,7 +51,11 @@ def setting_up(name: str) -> "Iterator[Progress]":
     """A line a step as it is done; what takes long is said on the last line of a terminal."""
     from campaigns.sync.setup import Progress
 
+    def step(text: str) -> None:
+        render.line(f"  {text}")
+
+    if not render.on_screen():
+        yield Progress(step=step, working=lambda text: None)
+        return
     with render.console.status(escape(f"setting up {name}")) as status:
-        yield Progress(
-            step=lambda text: render.line(f"  {text}"), working=lambda text: status.update(escape(render.printable(text)[:100]))
-        )
+        yield Progress(step=step, working=lambda text: status.update(escape(render.printable(text)[:100])))

@@ -158,6 +158,7 @@ def metrics(found: Sequence[Metrics], json_wanted: bool) -> None:
     if json_wanted:
         for each in found:
             sys.stdout.write(each.model_dump_json() + "\n")
+        sys.stdout.flush()  # what cannot be written is an error of this command's
         return
     if not found:
         return line("no metrics yet")

@@ -13,7 +13,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._width = render.console.width
-        self._live = Live(console=render.console, auto_refresh=False, transient=True) if render.console.is_terminal else None
+        self._live = Live(console=render.console, auto_refresh=False, transient=True) if render.on_screen() else None
 
     @property
     def live(self) -> bool:

@@ -1,28 +1,50 @@
 """Fetch a registered model. A file stands under its name only once its SHA-256 is right; a cut download goes on where it stopped.
 
-Names come from the node and are checked before they become paths.
+Names come from the node and are checked before they become paths. Two nodes may have a version of one name: what a folder holds
+is noted in it, and another model never takes its place.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import tenacity
+from pydantic import ValidationError
 
 from campaigns.sync.remote import Node
+from config.contracts.base import Tolerant
 from config.contracts.job import MODEL_NAME
 from config.contracts.names import is_portable
 from config.contracts.wire import ARTIFACTS, Artifact, ArtifactsArgs, ArtifactsResult
-from config.errors import NodeUnreachable, ProtocolError, TransferError, translate_os_errors
-from config.files import sync_folder
+from config.errors import NodeUnreachable, ProtocolError, StoreError, StoreHeld, TransferError, translate_os_errors
+from config.files import sync_folder, write_atomic
+from config.locks import FileLock
 from config.settings import Settings
 
 ATTEMPTS = 5
 ARTIFACTS_S = 600.0  # the node hashes every file
 _VERSION = re.compile(r"(?:[0-9]{1,4}(?:\.[0-9])?[mbt]-)?(v[0-9]{1,9})")  # with the size that the tag may have
+ORIGIN = ".pulled.json"  # no artifact is called so: a node's names have no dot in front
+ADAPTER = "adapter/adapter_model.safetensors"
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class Origin(Tolerant):
+    """What a folder holds: the version `tag` of `node`. `job` is empty where an older node did not say it."""
+
+    node: str
+    tag: str
+    job: str = ""
+    adapter_sha256: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tag} of node {self.node}" + (f", job {self.job}" if self.job else "")
+
+    def same(self, other: "Origin") -> bool:
+        """Whether it is the same model: nodes may be renamed."""
+        return self.adapter_sha256 == other.adapter_sha256 and (self.job == other.job or not (self.job and other.job))
 
 
 def pull(node: Node, settings: Settings, model: str, on_progress: OnProgress) -> Path:
@@ -32,16 +54,61 @@ def pull(node: Node, settings: Settings, model: str, on_progress: OnProgress) ->
         ProtocolError: the node names something that is no model or no file below its folder.
         TransferError: a file arrived wrong twice, or cannot be read there.
         NodeUnreachable: the connection was lost too often; the same pull goes on later.
-        StoreError, DiskFull: it cannot be written here.
+        StoreError, DiskFull: it cannot be written here, or another model is there; StoreHeld while another process pulls it.
     """
     return fetch(node, settings, node.call(ARTIFACTS, ArtifactsArgs(model=model), ARTIFACTS_S), on_progress)
 
 
-def fetch(node: Node, settings: Settings, found: ArtifactsResult, on_progress: OnProgress) -> Path:
-    """The same for files that the node has listed."""
+def fetch(
+    node: Node, settings: Settings, found: ArtifactsResult, on_progress: OnProgress, only: Container[str] | None = None
+) -> Path:
+    """The same for files that the node has listed: all of them, or those named in `only`."""
     folder = model_folder(settings, found.tag)
-    targets = [(artifact, _inside(folder, artifact.name)) for artifact in found.files]
-    total, done = sum(artifact.bytes for artifact in found.files), 0
+    wanted = [artifact for artifact in found.files if only is None or artifact.name in only]
+    targets = [(artifact, _inside(folder, artifact.name)) for artifact in wanted]
+    lock = FileLock(settings.home / "locks" / f"pull-{folder.parent.name}-{folder.name}.lock")
+    if not lock.acquire():  # two that append to one .part could spoil a file that was found right already
+        raise StoreHeld(f"another hafs pulls {found.tag} now", hint="wait for it")
+    try:
+        _claim(folder, node.name, found)
+        _fetch_all(node, targets, on_progress)
+    finally:
+        lock.release()
+    return folder
+
+
+def _claim(folder: Path, node: str, found: ArtifactsResult) -> None:
+    """Note whose the folder is, before its first file. Raises StoreError where another model has it."""
+    adapter = next((artifact.sha256 for artifact in found.files if artifact.name == ADAPTER), "")
+    ours = Origin(node=node, tag=found.tag, job=found.job, adapter_sha256=adapter)
+    noted = _noted(folder / ORIGIN)
+    if noted is None and _is_claimable(folder, adapter):
+        return write_atomic(folder / ORIGIN, ours.model_dump_json().encode())
+    if noted is None or not noted.same(ours):
+        raise StoreError(
+            f"{folder} holds {noted or 'what may be another model'}: {ours} is not put in its place",
+            hint="move that folder to another place, and do this again",
+        )
+
+
+def _noted(path: Path) -> Origin | None:
+    with translate_os_errors(path):
+        try:
+            return Origin.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+
+def _is_claimable(folder: Path, adapter_sha256: str) -> bool:
+    """Whether a folder without a note can be this model's: an earlier hafs pulled the same, or nothing in it is whole."""
+    with translate_os_errors(folder):
+        if (folder / ADAPTER).is_file():
+            return _sha256(folder / ADAPTER) == adapter_sha256
+        return not any(path.is_file() and path.suffix != ".part" for path in folder.rglob("*"))
+
+
+def _fetch_all(node: Node, targets: Sequence[tuple[Artifact, Path]], on_progress: OnProgress) -> None:
+    total, done = sum(artifact.bytes for artifact, _ in targets), 0
     for artifact, path in targets:
 
         def on_there(there: int, before: int = done) -> None:
@@ -50,7 +117,6 @@ def fetch(node: Node, settings: Settings, found: ArtifactsResult, on_progress: O
         _fetch(node, artifact, path, on_there)
         done += artifact.bytes
         on_progress(done, total)
-    return folder
 
 
 def model_folder(settings: Settings, tag: str) -> Path:

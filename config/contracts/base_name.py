@@ -13,6 +13,7 @@ from config.contracts.names import is_portable
 HUB = "hf:"
 FORM = "hf:OWNER/REPO[@REVISION]/FILE.gguf, or hf:OWNER/REPO[@REVISION] for safetensors"
 COMMIT = r"[0-9a-f]{40}"
+SPLIT = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.gguf$")  # as llama-gguf-split names the parts of a file
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,95}"
 _NAMED = re.compile(rf"hf:(?P<repo>{_PART}/{_PART})(@(?P<revision>{_PART}))?(/(?P<file>{_PART}(/{_PART})*))?")
 
@@ -43,12 +44,21 @@ def hub_file(base: str) -> HubFile:
     parts = [*named.repo.split("/"), *filter(None, named.file.split("/"))]
     if ".." in base or "--" in named.repo or not all(map(is_portable, parts)):
         raise ValueError(f"{base!r}: the hub or a disk has no such name: write {FORM}")
+    if SPLIT.search(named.file):
+        raise ValueError(
+            f"{base!r}: {named.file} is one of several parts: name a GGUF that is one file, or write hf:{named.repo}"
+        )
     if named.file and not named.file.endswith(".gguf"):
         raise ValueError(
             f"{base!r}: {named.file} is no GGUF file; write hf:{named.repo} for the whole repository with its safetensors,"
             f" or name a .gguf file of a repository that has one (often OWNER/NAME-GGUF)"
         )
     return named
+
+
+def is_plain(name: str) -> bool:
+    """Whether what a repository calls a file is one part of a path, and means that file on every system."""
+    return re.fullmatch(_PART, name) is not None and is_portable(name)
 
 
 def checked_base(base: str) -> str:

@@ -43,18 +43,19 @@ class ExportOptions(Strict):
     """What is registered at the model server, and what has to happen before the aliases move to it.
 
     `route` adapter: the base and a small adapter beside it; merged: one GGUF of both, weights in `quantize` (F16 where that is
-    empty). `promote` gate: the aliases move when the smoke gate is passed; eval: by `hafs models promote`, after a look at the
-    figures. `size` stands in the tag (hafs-coder:14b-v7); empty: counted from the base's parameters.
+    empty); auto: adapter where the base is a GGUF, else merged, in Q8_0 where `quantize` is empty. `promote` gate: the aliases
+    move when the smoke gate is passed; eval: by `hafs run`, where its benchmarks speak for it, or by `hafs models promote`.
+    `size` stands in the tag (hafs-coder:14b-v7); empty: counted from the base's parameters.
     """
 
-    route: Literal["adapter", "merged"] = "adapter"
+    route: Literal["auto", "adapter", "merged"] = "auto"
     quantize: Quantization | Literal[""] = ""
     promote: Literal["gate", "eval"] = "gate"
     size: str = Field("", pattern=r"^([0-9]{1,4}(\.[0-9])?[mbt])?$")
 
     @model_validator(mode="after")
     def _quantize_belongs_to_merged(self) -> "ExportOptions":
-        if self.quantize and self.route != "merged":
+        if self.quantize and self.route == "adapter":
             raise ValueError('quantize needs route = "merged": the adapter route keeps the base as it is')
         return self
 

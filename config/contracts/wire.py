@@ -4,15 +4,16 @@ Arguments and results are the models below; a verb is described by a `Verb`, so 
 """
 
 import base64
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from config.contracts.base import Tolerant
 from config.contracts.gpu import GpuReading
 from config.contracts.job import JobError, JobState, JobView, PairScores, Perplexity, Quantization, TrainJob
 from config.contracts.manifest import SHA256, DatasetManifest, Segment
 from config.contracts.names import Portable
+from config.errors import ConfigError
 
 PROTOCOL_VERSION = 1
 MAX_LINE_BYTES = 8 * 2**20
@@ -232,16 +233,27 @@ class ModelArgs(Tolerant):
 
     model: ModelTag
 
+    @classmethod
+    def typed(cls, model: str) -> Self:
+        """Of what a person has typed. Raises ConfigError."""
+        try:
+            return cls(model=model)
+        except ValidationError:
+            raise ConfigError(
+                f"{model[:100]!r} names no model", hint="give a tag, an alias or a name: hafs models list"
+            ) from None
 
-class RollbackArgs(Tolerant):
+
+class RollbackArgs(ModelArgs):
     """`leave` is the version that is to be left: asked twice, the second time changes nothing."""
 
-    model: ModelTag
     leave: str = Field("", max_length=200)
 
 
 class PruneArgs(Tolerant):
-    """Keep the `keep` newest versions of each name (of all names where `name` is empty), and whatever carries an alias."""
+    """Keep the `keep` newest of each name (of all names where `name` is empty) that passed the gate, and as many that did not;
+    and what carries an alias, is loaded or is needed by a job.
+    """
 
     keep: int = Field(ge=1)
     name: str = Field("", max_length=200)
@@ -322,17 +334,32 @@ class Artifact(Tolerant):
 
 
 class ArtifactsResult(Tolerant):
+    """`job` made the version; an older node does not say it."""
+
     tag: str
+    job: str = ""
     files: list[Artifact]
 
 
 class RuntimeArgs(Tolerant):
     """Ask for a model server on the node. `gguf` (named as a job's base is) is registered there if it is absent: as `model`, or,
-    where that is empty, as hafs-base:<the first 12 digits of the file's SHA-256>, the name under which jobs use it too.
+    where that is empty, as hafs-base:<the first 12 digits of the file's SHA-256>, the name under which jobs use it too. Without
+    `gguf` it is the server that has the node's models: an Ollama that is away is not replaced.
     """
 
     model: Annotated[str, Field(pattern=MODEL_TAG, max_length=200), Portable] = ""
     gguf: str = ""
+
+    @classmethod
+    def typed(cls, model: str, gguf: str) -> Self:
+        """Of what a person has written. Raises ConfigError."""
+        try:
+            return cls(model=model, gguf=gguf)
+        except ValidationError as error:
+            raise ConfigError(
+                f"a model server can have no model {model[:100]!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}",
+                hint="a name looks like hafs-coder or llama3.2:1b: letters, digits, . _ and -, parts joined by / or :",
+            ) from None
 
 
 class RuntimeResult(Tolerant):

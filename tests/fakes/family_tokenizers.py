@@ -39,7 +39,7 @@ O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{CONTRACTIONS}|\p{{N}}{{1,3}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DIGITS = "each digit alone"  # no expression: a step of its own, then GPT-2's
+GPT2, DIGITS = "GPT-2's", "each digit alone"  # no expressions: GPT-2's is a step of its own, behind that of the digits
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -53,6 +53,10 @@ LLAMA3_CHAT = UNLIKE + (
 MISTRAL_CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + eos_token }}{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+ZEPHYR_CHAT = UNLIKE + (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 GEMMA_CHAT = (
     "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
@@ -89,9 +93,14 @@ PHI_SPECIALS = (*SPM_SPECIALS, "<|endoftext|>", "<|assistant|>", "<|system|>", "
 FAMILIES = {
     "llama": Family(MISTRAL_CHAT, SPM_SPECIALS, "<s>", "</s>", prefix=True, adds_bos=True),
     "phi4-mini": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", O200K),
+    "phi4": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", LLAMA3),
+    "gpt2": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", GPT2),
     "smollm": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", DIGITS),
     "llama3": Family(LLAMA3_CHAT, LLAMA3_SPECIALS, "<|begin_of_text|>", "<|eot_id|>", LLAMA3, whole_words=True, adds_bos=True),
-    "mistral": Family(MISTRAL_CHAT, (*SPM_SPECIALS, "[INST]", "[/INST]"), "<s>", "</s>", prefix=True, adds_bos=True),
+    "mistral": Family(
+        MISTRAL_CHAT, (*SPM_SPECIALS, "[INST]", "[/INST]"), "<s>", "</s>", prefix=True, adds_bos=True, defined=("<t>", "<t>\n")
+    ),
+    "zephyr": Family(ZEPHYR_CHAT, SPM_SPECIALS, "<s>", "</s>", prefix=True, adds_bos=True),
     "tekken": Family(MISTRAL_CHAT, (*SPM_SPECIALS, "[INST]", "[/INST]"), "<s>", "</s>", TEKKEN, whole_words=True, adds_bos=True),
     "qwen2": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", QWEN, nfc=True),
     "qwen3": Family(CHATML, QWEN_SPECIALS, "", "<|im_end|>", QWEN, nfc=True, defined=("<think>", "</think>", "<|fim_pad|>")),
@@ -145,10 +154,12 @@ def texts(count: int, seed: int, specials: tuple[str, ...]) -> list[str]:
 def _byte_pairs(family: Family) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=family.whole_words))
     tokenizer.normalizer = normalizers.NFC() if family.nfc else None
-    digits = family.pattern == DIGITS
-    split = pre_tokenizers.Digits(True) if digits else pre_tokenizers.Split(Regex(family.pattern), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=digits)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.pattern in (GPT2, DIGITS))]
+    if family.pattern == DIGITS:
+        steps.insert(0, pre_tokenizers.Digits(True))
+    elif family.pattern != GPT2:
+        steps.insert(0, pre_tokenizers.Split(Regex(family.pattern), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=alphabet, show_progress=False, min_frequency=1)

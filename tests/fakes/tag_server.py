@@ -10,13 +10,17 @@ class Crash(BaseException):
 
 
 class TagServer:
-    """Digests by tag. `crash_at`: so many changes from now the server is not asked any more, before or after the change."""
+    """Digests by tag. `crash_before`, `crash_after`: so many changes from now the process that asks ends, before or after one.
+
+    `in_memory`: tags of the models that are loaded.
+    """
 
     url = "http://server"
 
     def __init__(self, tags: dict[str, str] | None = None) -> None:
         self.present = tags or {}
         self.changes: list[str] = []
+        self.in_memory: list[str] = []
         self.crash_before: int | None = None
         self.crash_after: int | None = None
 
@@ -28,6 +32,9 @@ class TagServer:
 
     def tags(self) -> dict[str, str]:
         return dict(self.present)
+
+    def loaded(self) -> list[str]:
+        return list(self.in_memory)
 
     def create(self, tag: str, digest: str) -> None:
         self.present[tag] = digest

@@ -4,8 +4,9 @@
 
 Environment: PIECE_S seconds a word (0.05), WORDS of an answer (5), PORT to listen on. A question that ends with one of these
 gets something else: escape (terminal sequences), die (the process ends in the middle of its answer), long (400 words), broken (an
-error inside the answer), wrong (400). A prompt of more words than num_ctx is refused, as a real server does. GET /witness: every
-request that came (`asked`), and what was said to those who hung up (`left`).
+error inside the answer), wrong (400), down (500), first (no word for a minute), nothing (an empty answer). A prompt of more words
+than num_ctx is refused, as a real server does. GET /witness: every request that came (`asked`), and what was said to those who
+hung up (`left`).
 """
 
 import asyncio
@@ -30,8 +31,8 @@ left: list[str] = []
 
 
 def pieces_of(word: str) -> list[str]:
-    if word == "escape":
-        return ESCAPES
+    if word in ("escape", "nothing"):
+        return ESCAPES if word == "escape" else []
     return [f"{word} " for _ in range(400 if word == "long" else WORDS)]
 
 
@@ -46,6 +47,8 @@ async def chat(request: web.Request) -> web.StreamResponse:
         return web.json_response({"error": text}, status=400)
     if word == "wrong":
         return web.json_response({"error": "wrong in every way"}, status=400)
+    if word == "down":
+        return web.json_response({"error": "no memory for the model"}, status=500)
     pieces = pieces_of(word)
     cut = len(pieces) > body["options"]["num_predict"]
     pieces = pieces[: body["options"]["num_predict"]]
@@ -61,6 +64,10 @@ async def stream(request: web.Request, model: str, word: str, pieces: list[str],
     await response.prepare(request)
     told = ""
     try:
+        for _ in range(int(60 / PIECE_S) if word == "first" else 0):
+            await asyncio.sleep(PIECE_S)
+            if request.transport is None:
+                raise ConnectionError
         for number, piece in enumerate(pieces):
             await asyncio.sleep(PIECE_S)
             if number == len(pieces) // 2 and word == "die":

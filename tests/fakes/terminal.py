@@ -43,6 +43,10 @@ class Terminal:
         """Keys by their names: C-c, Up, M-Enter."""
         self._tmux("send-keys", *keys)
 
+    def send(self, data: bytes) -> None:
+        """Bytes, whatever they are."""
+        self._tmux("send-keys", "-H", *(f"{byte:02x}" for byte in data))
+
     def paste(self, text: str) -> None:
         """As a person does with the mouse: in brackets, where the program asks for them."""
         self._tmux("set-buffer", text)

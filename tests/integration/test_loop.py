@@ -139,7 +139,7 @@ def test_the_loop_closes_and_a_second_run_reuses_everything(home: Path, loop: Pa
     assert (step["version"]["tag"], step["campaigns"][0]["name"], step["missing"]) == ("hafs-tiny:v1", "tiny", [])
     answer = finished(hafs("chat", "hafs-tiny", "--prompt", "What does LDA #$10 do?"))
     assert answer.strip()
-    missing = finished(hafs("chat", "no-such-model", "--prompt", "x"), 14)
+    missing = finished(hafs("chat", "no-such-model", "--prompt", "x"), 17)
     assert 'there is no model "no-such-model"' in missing and "hafs-tiny:latest" in missing
 
 

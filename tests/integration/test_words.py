@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from config.contracts.sample import Message
-from tests.fakes.family_tokenizers import FAMILIES, texts
+from tests.fakes.family_tokenizers import FAMILIES, SPACE, texts
 from tests.fakes.leftovers import end_nodes
 from tests.fakes.tiny_folders import TINY, write_folder
 from trainer_node.base_model import served_gguf
@@ -51,10 +51,25 @@ def test_the_same_chat_has_the_same_tokens(name: str, api: OllamaApi, tmp_path: 
     encoded = rows(load_tokenizer(base), FAMILIES[TINY[name].tokenizer].specials)
     quoting = sum(row.quotes for row in encoded)
     assert 3 <= quoting < len(encoded)
-    told = require_agreement(api, name, encoded)
+    told = require_agreement(api, name, encoded, lambda done, total: None)
     assert told.startswith(f"{len(encoded) - quoting} rows have the same tokens") and f"{quoting} more quote" in told
     whole = next(row for row in reversed(encoded) if row.quotes and len(row.row.messages) == 2)
     assert served_ids(api, name, whole)[: len(whole.prompt_ids)] == whole.prompt_ids
+
+
+def test_an_answer_behind_a_line_of_text_is_trained_as_it_is_served(api: OllamaApi, tmp_path: Path) -> None:
+    """Its roles are no control tokens and its tokenizer puts a space before every text, but not before the answer."""
+    folder = write_folder("llama", tmp_path / "zephyr")
+    (folder / "chat_template.jinja").write_text(FAMILIES["zephyr"].chat, encoding="utf-8")
+    base = read_base(folder)
+    register_gguf(api, "zephyr", served_gguf(base.path, base.sha256, tmp_path / "cache", lambda done, total: None))
+    tokenizer = load_tokenizer(base)
+    encoded = rows(tokenizer, FAMILIES["zephyr"].specials)
+    assert "same tokens" in require_agreement(api, "zephyr", encoded, lambda done, total: None)
+    plain = next(row for row in encoded if not row.quotes)
+    first = tokenizer.convert_ids_to_tokens(plain.answer_ids[0][:1])
+    assert plain.lead and not first[0].startswith(SPACE)
+    assert api.tokenize("zephyr", plain.prompt + plain.answers[0]) == plain.prompt_ids + plain.answer_ids[0]
 
 
 def served_ids(api: OllamaApi, model: str, row: Encoded) -> list[int]:

@@ -5,14 +5,15 @@
 - Only what the base has as a tensor of its own can be adapted: an output that is the embedding cannot.
 """
 
+from contextlib import closing
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from trainer_node.export.architectures import architecture_of
-from trainer_node.export.lora import adapter_config, read_adapter
-from trainer_node.export.weights import tensors_of
+from config.errors import JobFailed
+from trainer_node.export.architectures import architecture_of, model_tensors
+from trainer_node.export.lora import DIVERGED, adapter_config, read_adapter
 from trainer_node.export.writing import whole_file
 
 
@@ -27,19 +28,20 @@ def export_adapter(adapter: Path, base: Path, target: Path) -> None:
         DiskFull, StoreError: the target cannot be written.
     """
     architecture = architecture_of(base)
-    added = read_adapter(adapter, tensors_of(base, architecture.names))
+    added = read_adapter(adapter, model_tensors(base, architecture))
     alpha = float(adapter_config(adapter)["lora_alpha"]) or 1.0  # llama.cpp takes 0 for a scale of 1
     with whole_file(target, sum(low_rank.size for low_rank in added.values())) as file:
-        writer = gguf.GGUFWriter(file, architecture.name)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, low_rank in added.items():
-            stored = architecture.stored_name(name)
-            b = architecture.stored_order(name)(low_rank.b.rows()) * np.float32(low_rank.scale * low_rank.rank / alpha)
-            writer.add_tensor(f"{stored}.lora_a", low_rank.a.rows())
-            writer.add_tensor(f"{stored}.lora_b", np.ascontiguousarray(b))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(gguf.GGUFWriter(file, architecture.name)) as writer:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            for name, low_rank in added.items():
+                a = low_rank.a.rows()
+                b = architecture.stored_order(name)(low_rank.b.rows()) * np.float32(low_rank.scale * low_rank.rank / alpha)
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    raise JobFailed(f"{adapter}: {name} has values that are no numbers", hint=DIVERGED)
+                writer.add_tensor(f"{architecture.stored_name(name)}.lora_a", a)
+                writer.add_tensor(f"{architecture.stored_name(name)}.lora_b", np.ascontiguousarray(b))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()

@@ -4,6 +4,8 @@
 - llama.cpp hard-codes what a config can vary (activation, pattern of sliding windows, scale of attention): a config that says
   something else is refused, not rounded.
 - Where llama.cpp has no sliding window for a family, the context ends at the window: up to there both compute the same.
+- The weights of a folder are those of its config, all of them and no others: what transformers would draw at random, leave out
+  or read otherwise is refused before it is trained.
 """
 
 import json
@@ -18,7 +20,7 @@ import gguf
 
 from config.errors import JobFailed
 from trainer_node.export.rope import Metadata, Tensors, rope_of
-from trainer_node.export.weights import Matrix, read_header
+from trainer_node.export.weights import Matrix, Tensor, read_header, same_values, tensors_of
 
 Arrange = Callable[[Matrix], Matrix]
 LLM, ATTENTION = gguf.Keys.LLM, gguf.Keys.Attention
@@ -64,12 +66,14 @@ FAMILIES = {
 }
 KNOWN = "llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3"
 WAYS_OUT = {
-    "gemma3": "it also sees images: save its language model alone, with AutoModelForCausalLM, and use that folder",
+    "gemma3": "it also sees images: take a GGUF of it, which has its language model alone, or one for text only, such as the 1B",
     "mistral3": "it also sees images: take a text-only model of the Mistral family",
     "mixtral": "mixtures of experts are not exported: take a dense model",
     "qwen2_moe": "mixtures of experts are not exported: take a dense model",
     "qwen3_moe": "mixtures of experts are not exported: take a dense model",
 }
+OUTPUT = "lm_head.weight"
+COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store what a model computes
 ROTATED = re.compile(r"\.[qk]_proj\.(weight|bias)$")
 ATTENDING = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -105,6 +109,10 @@ class Architecture:
             del found["lm_head"]
         return {module: name for module, name in found.items() if name is not None}
 
+    def is_spare(self, name: str) -> bool:
+        """Whether a checkpoint holds this tensor of transformers, and the model does without it."""
+        return name.endswith(COMPUTED) or (self.tied and name == OUTPUT)
+
     def stored_name(self, name: str) -> str | None:
         """The GGUF's name of a tensor of transformers; None: it has no place there."""
         module, _, part = name.rpartition(".")
@@ -136,7 +144,17 @@ def architecture_of(base: Path) -> Architecture:
     Raises:
         JobFailed: no model, or one that cannot be exported; says which, and the way out.
     """
-    return _of_folder(base) if base.is_dir() else _of_gguf(base)
+    if not base.is_dir():
+        return _of_gguf(base)
+    found = _of_folder(base)
+    _require_its_weights(base, found)
+    return found
+
+
+def model_tensors(base: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors that make up a model, by their names in transformers; of a GGUF also those that only llama.cpp has."""
+    found = tensors_of(base, architecture.names)
+    return {name: tensor for name, tensor in found.items() if not architecture.is_spare(name)}
 
 
 def _of_gguf(base: Path) -> Architecture:
@@ -164,8 +182,8 @@ def _of_gguf(base: Path) -> Architecture:
 
 def _of_folder(base: Path) -> Architecture:
     try:
-        written = json.loads((base / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+        written = dict(json.loads((base / "config.json").read_bytes()))
+    except (OSError, TypeError, ValueError) as error:
         raise JobFailed(f"{base}: has no readable config.json: {error}", hint="give a model's folder or a .gguf file") from error
     kind = str(written.get("model_type", ""))
     if kind not in FAMILIES:
@@ -176,7 +194,10 @@ def _of_folder(base: Path) -> Architecture:
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     for problem in _deviations(family, config, head_dim):
         raise JobFailed(f"{base}: {problem}", hint=f"llama.cpp cannot compute such a {kind}: take another base model")
-    metadata, tensors = _positions(family, config, head_dim)
+    try:
+        metadata, tensors = _positions(family, config, head_dim)
+    except JobFailed as error:
+        raise JobFailed(f"{base}: {error}", hint=error.hint) from error
     return Architecture(
         name=gguf.MODEL_ARCH_NAMES[family.arch],
         layers=config.num_hidden_layers,
@@ -194,7 +215,30 @@ def _config(base: Path) -> Any:
     """transformers fills in what config.json leaves out, and knows the older spellings."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each family checks its own, and there is no one class of what they raise
+        told = f"{base}: transformers refuses its config.json: {error}"
+        raise JobFailed(told, hint="fetch the model's folder again, or mend config.json") from error
+
+
+def _require_its_weights(base: Path, architecture: Architecture) -> None:
+    tensors = tensors_of(base)
+    odd = [name for name in tensors if not architecture.is_spare(name) and architecture.stored_name(name) is None]
+    if odd:
+        told = f"{base}: {_some(odd)} have no place in a GGUF of {architecture.name}"
+        raise JobFailed(told, hint="take the model for text itself, as AutoModelForCausalLM saves it")
+    missing = [f"{module}.weight" for module in architecture.names if f"{module}.weight" not in tensors]
+    if missing:
+        told = f"{base}: its weights lack {_some(missing)}"
+        raise JobFailed(told, hint="fetch the whole folder; a whole model for text is what AutoModelForCausalLM saves")
+    if architecture.tied and OUTPUT in tensors and not same_values(tensors[OUTPUT], tensors["model.embed_tokens.weight"]):
+        told = f"{base}: config.json says that the output is the embedding, but its {OUTPUT} is another"
+        raise JobFailed(told, hint='set "tie_word_embeddings": false in config.json, or fetch the folder again')
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _unknown(base: Path, kind: str) -> JobFailed:

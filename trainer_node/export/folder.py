@@ -2,7 +2,7 @@
 
 - Weights keep the base's own dtype; those of a quantized GGUF become F16. Shards and their index are named as the hub names them.
 - Nothing of the base's code is carried over (`auto_map`): every architecture here is one that transformers and vLLM know.
-- A GGUF gives a folder where transformers reads all of its header that counts; where it leaves something out, it is refused.
+- A GGUF gives a folder with the config that it was trained with (`train/gguf_model.py`); what no config can say is refused.
 """
 
 import json
@@ -12,15 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
-from config.errors import JobFailed
-from trainer_node.export.architectures import Architecture, Arrange, architecture_of, unchanged
+from trainer_node.export.architectures import Architecture, Arrange, architecture_of, model_tensors, unchanged
 from trainer_node.export.lora import read_adapter
-from trainer_node.export.merged import COMPUTED
 from trainer_node.export.pieces import Weight, one_thread_a_piece
-from trainer_node.export.weights import INDEX, LENGTH_BYTES, SAFETENSORS, SINGLE, Kind, read_header, tensors_of
+from trainer_node.export.weights import INDEX, LENGTH_BYTES, SAFETENSORS, SINGLE, Kind
 from trainer_node.export.writing import Told, in_order, whole_folder
 
 SHARD_BYTES = 5 * 10**9
@@ -31,7 +28,8 @@ COPIED = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE"),
 )
-REBUILT = ("llama", "qwen2")
+EMBEDDING = "model.embed_tokens.weight"
+DTYPES = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
 Shard = dict[str, Weight]
 
 
@@ -47,11 +45,12 @@ def export_folder(base: Path, adapter: Path | None, target: Path, told: Told) ->
         JobFailed: an architecture or an adapter that cannot be written so.
         DiskFull, StoreError: the target cannot be.
     """
-    architecture = architecture_of(base)
-    shards = list(_sharded(_merged(base, adapter, architecture)))
-    size = sum(weight.size for shard in shards for weight in shard.values())
+    weights = _merged(base, adapter, architecture_of(base))
+    shards = list(_sharded(weights))
+    size = sum(weight.size for weight in weights.values())
+    dtype = DTYPES[weights[EMBEDDING].kind]
     with whole_folder(target, size) as folder:
-        (_describe if base.is_dir() else _rebuild)(base, folder)
+        (_describe if base.is_dir() else _rebuild)(base, folder, dtype)
         names = _names(len(shards))
         done = 0
         for name, shard in zip(names, shards, strict=True):
@@ -66,10 +65,8 @@ def _tell(told: Told, size: int, done: int) -> None:
 
 def _merged(base: Path, adapter: Path | None, architecture: Architecture) -> dict[str, Weight]:
     """The weights by their names in transformers, in its order of rows."""
-    tensors = tensors_of(base, architecture.names)
+    tensors = model_tensors(base, architecture)
     added = read_adapter(adapter, tensors) if adapter is not None else {}
-    if base.is_file():
-        _require_rebuildable(base, architecture, list(tensors))
     return {
         name: Weight(
             tensor,
@@ -79,19 +76,8 @@ def _merged(base: Path, adapter: Path | None, architecture: Architecture) -> dic
             unit=1 if architecture.stored_order(name) is unchanged else architecture.head_dim,
         )
         for name, tensor in tensors.items()
-        if not name.endswith(COMPUTED) and not (architecture.tied and name == "lm_head.weight")
+        if not name.startswith("rope_")  # of a GGUF: here the config says it
     }
-
-
-def _require_rebuildable(base: Path, architecture: Architecture, names: list[str]) -> None:
-    """Of a GGUF's header transformers reads the sizes; what else a config can say it takes from its defaults."""
-    scaled = gguf.Keys.Rope.SCALING_FACTOR.format(arch=architecture.name) in read_header(base).fields
-    biased = architecture.name == "llama" and any(name.endswith(".bias") for name in names)
-    if architecture.name not in REBUILT or scaled or biased or any(name.startswith("rope_") for name in names):
-        what = "scaled positions or biases" if architecture.name in REBUILT else f"what is special of {architecture.name}"
-        raise JobFailed(
-            f"{base}: transformers does not read {what} from a GGUF", hint="export from the base's Hugging Face folder instead"
-        )
 
 
 def _back(architecture: Architecture, name: str) -> Arrange:
@@ -140,28 +126,32 @@ def _write_index(path: Path, shards: dict[str, Shard], size: int) -> None:
     path.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
 
 
-def _describe(base: Path, folder: Path) -> None:
-    """The base's own files; a config that asks for code of its own, or does not name its class, is mended."""
+def _describe(base: Path, folder: Path, dtype: str) -> None:
+    """The base's own files. The config asks for no code of its own, and names its class and the kind of its weights."""
     for name in COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     config = json.loads((base / CONFIG).read_bytes())
     config.pop("auto_map", None)
-    config.setdefault("architectures", [_class_of(config["model_type"])])
+    config["architectures"] = [_class_of(config["model_type"])]
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        config["dtype"] = dtype
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def _rebuild(base: Path, folder: Path) -> None:
-    """What transformers makes of a GGUF's header, and the tokenizer that training used."""
-    from transformers import AutoConfig, GenerationConfig
+def _rebuild(base: Path, folder: Path, dtype: str) -> None:
+    """Config and tokenizer that training used."""
+    from transformers import GenerationConfig
 
     from trainer_node.train.base import load_tokenizer, read_base
+    from trainer_node.train.gguf_model import config_of
 
+    config = config_of(base)
+    config.architectures = [_class_of(config.model_type)]
+    config.dtype = dtype
+    config.save_pretrained(folder)
     tokenizer = load_tokenizer(read_base(base))
     tokenizer.save_pretrained(folder)
-    config = AutoConfig.from_pretrained(base.parent, gguf_file=base.name)
-    config.architectures = [_class_of(config.model_type)]
-    config.save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 
 

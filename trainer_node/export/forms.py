@@ -1,12 +1,16 @@
 """The forms of a trained model: an adapter beside its base, one merged GGUF, a folder for transformers and vLLM.
 
-Each is whole under its name or not there, and what is there is not made again.
+Each is whole under its name or not there, and what is there is not made again. Merged ones of a folder are made one at a time:
+they share what is between.
 """
 
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
+from config.contracts.job import ExportOptions
+from config.errors import JobFailed
+from config.locks import FileLock
 from trainer_node.export.adapter import export_adapter
 from trainer_node.export.merged import export_merged
 from trainer_node.export.quantize import BITS, choose, quantize
@@ -15,7 +19,19 @@ from trainer_node.export.weights import tensors_of
 from trainer_node.export.writing import require_room
 
 Say = Callable[[str, int, int], None]  # what is done now, bytes done and in all; what it raises ends it
-PLAIN = "F16"
+PLAIN, USUAL = "F16", "Q8_0"
+LOCK = ".gguf.lock"  # hidden: nobody pulls it
+
+
+def wanted_form(asked: ExportOptions, base: Path) -> tuple[str, str]:
+    """The route and the kind of weights that a job registers; of an adapter none.
+
+    Left to us, a base that is a GGUF is served as it is, the adapter beside it: nothing is lost, and it takes seconds.
+    Safetensors have to be written as a GGUF in any case: then one of both, in what loses little and every machine can make.
+    """
+    if asked.route == "adapter" or (asked.route == "auto" and base.is_file() and not asked.quantize):
+        return "adapter", ""
+    return "merged", asked.quantize or (PLAIN if asked.route == "merged" else USUAL)
 
 
 def make_form(route: str, kind: str, *, base: Path, adapter: Path, folder: Path, say: Say) -> Exported:
@@ -28,7 +44,7 @@ def make_form(route: str, kind: str, *, base: Path, adapter: Path, folder: Path,
         adapter: the PEFT folder.
 
     Raises:
-        JobFailed: what cannot be expressed in that form.
+        JobFailed: what cannot be expressed in that form, or another process makes a merged GGUF there.
         DiskFull, StoreError: it cannot be written.
     """
     if route == "adapter":
@@ -41,7 +57,13 @@ def make_form(route: str, kind: str, *, base: Path, adapter: Path, folder: Path,
         if not (folder / "merged").exists():
             export_folder(base, adapter, folder / "merged", lambda done, total: say("merging", done, total))
         return Exported(route=route, file="merged")
-    return _merged(kind or PLAIN, base, adapter, folder / "gguf", say)
+    lock = FileLock(folder / LOCK)
+    if not lock.acquire():
+        raise JobFailed(f"{folder}: another GGUF is being made there", hint="try again when that one is done")
+    try:
+        return _merged(kind or PLAIN, base, adapter, folder / "gguf", say)
+    finally:
+        lock.release()
 
 
 def _merged(kind: str, base: Path, adapter: Path, folder: Path, say: Say) -> Exported:
@@ -69,7 +91,7 @@ def _merged(kind: str, base: Path, adapter: Path, folder: Path, say: Say) -> Exp
     if not between.exists():
         merge(between)
     try:
-        quantize(between, target, kind, lambda done, total: say(f"quantizing to {choice.makes}", done, total))
+        quantize(between, target, kind, lambda done, total: say(f"quantizing to {choice.makes}", done, total), choice)
     finally:
         if between != plain:
             between.unlink(missing_ok=True)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from config.contracts.job import Perplexity
-from config.errors import GateFailed
+from config.errors import BadRequest, GateFailed
 from trainer_node.export.probes import STEPS, Probe, Probes
 from trainer_node.ollama import OllamaApi
 
 MAX_TOKENS = 128
 TRAIN_MORE = "train longer, or on more rows"
 OTHER_TEMPLATE = "the server renders another template: use another server version, or a base whose own template it keeps"
+REFUSED = "look into the server's log: it took the model and cannot answer with it"
 OTHER_WEIGHTS = "the exported weights are not the trained ones: take a less coarse quantization, or the adapter route"
 
 
@@ -34,7 +35,11 @@ def require_gate(api: OllamaApi, tag: str, probes: Probes, perplexity: Perplexit
     for number, probe in enumerate(probes.probes):
         for messages in _ways(probe) if number == 0 else [_plain(probe)]:
             options = {"num_predict": STEPS if number else MAX_TOKENS, "temperature": 0, "seed": 0}
-            reply = api.chat(tag, messages, options=options)
+            try:
+                reply = api.chat(tag, messages, options=options)
+            except BadRequest as error:
+                faults.append((f"the server refuses to answer: {error}", REFUSED))
+                continue
             answers.append(_text(reply))
             faults += _faults(reply, probe, probes.special, whole=number == 0, exact=exact)
     if faults:
@@ -78,7 +83,12 @@ def _agrees(text: str, probe: Probe, exact: bool) -> bool:
     begin = text.strip()
     if exact:
         return begin == probe.greedy.strip() if probe.ended else begin.startswith(probe.greedy.strip())
-    return not probe.first or any(begin.startswith(each.strip()) if each else not begin for each in probe.first)
+    return not probe.first or any(begin.startswith(_whole(each)) if each else not begin for each in probe.first)
+
+
+def _whole(token: str) -> str:
+    """The text of a token as far as it tells something alone: a character of several tokens begins with a piece of one."""
+    return token.partition("\ufffd")[0].strip()
 
 
 def _ways(probe: Probe) -> list[list[dict[str, str]]]:

@@ -17,18 +17,17 @@ from trainer_node.export.weights import Tensor, tensors_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PEFT_ALPHA = 8  # what an adapter_config.json without one means
 MERGE = "merge it with PEFT (merge_and_unload, save_pretrained) and use that folder as base"
+DIVERGED = "its training has diverged: train again, with a lower learning rate"
 HARMLESS = {  # read here, or they say how it was trained
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode"),
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
     *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"),
     *("ensure_weight_tying", "eva_config", "runtime_config"),
 }
-PLAIN_STARTS = (
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # these leave the base's weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not
+# These leave the base's weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not.
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,18 @@ def read_adapter(folder: Path, base: Mapping[str, Tensor]) -> dict[str, LowRank]
         if half not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
             raise JobFailed(f"{folder}: {key} is no part of a plain LoRA of a linear layer", hint=MERGE)
         halves.setdefault(module, {})[half[0]] = tensor
+    if not halves:
+        raise JobFailed(
+            f"{weights}: holds no matrices", hint="save the adapter again: save_pretrained of the model with its adapter"
+        )
     return {f"{module}.weight": _low_rank(folder, module, both, config, base) for module, both in halves.items()}
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, once it is clear that the arithmetic covers it. Raises JobFailed."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((folder / CONFIG).read_bytes()))
+    except (OSError, TypeError, ValueError) as error:
         raise JobFailed(f"{folder}: has no readable {CONFIG}: {error}", hint="give the folder of a PEFT adapter") from error
     if config.get("peft_type", "LORA") != "LORA":
         raise JobFailed(f"{folder}: is {config['peft_type']}, not LoRA", hint=MERGE)
@@ -84,7 +87,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         refused.append(f"init_lora_weights = {how!r}, which changes the base's weights too")
     if refused:
         raise JobFailed(f"{folder}: is not a plain LoRA: {', '.join(refused)}", hint=MERGE)
-    return dict(config)
+    return {"lora_alpha": PEFT_ALPHA} | config
 
 
 def _low_rank(

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import numpy as np
 
 from config.errors import JobFailed
 from trainer_node.base_model import model_name
-from trainer_node.export.architectures import Architecture, Arrange, architecture_of, unchanged
+from trainer_node.export.architectures import Architecture, Arrange, architecture_of, model_tensors, unchanged
 from trainer_node.export.lora import read_adapter
 from trainer_node.export.pieces import Weight, one_thread_a_piece
-from trainer_node.export.weights import Kind, read_header, tensors_of
+from trainer_node.export.weights import Kind, read_header
 from trainer_node.export.writing import Told, in_order, whole_file
 
 FILE_TYPES = {
@@ -32,7 +33,6 @@ NOT_COPIED = (  # the writer's own, or of weights as they were
     gguf.Keys.General.ALIGNMENT,
 )
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
-COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store what a model computes
 EMBEDDING = "token_embd.weight"
 
 
@@ -54,29 +54,24 @@ def export_merged(base: Path, adapter: Path | None, target: Path, told: Told, *,
     weights = merged_weights(base, adapter, architecture, kind)
     size = sum(weight.size for weight in weights.values())
     with whole_file(target, size) as file:
-        writer = gguf.GGUFWriter(file, architecture.name)
-        writer.add_file_type(file_type)
-        if base.is_dir():
-            _describe(writer, base, architecture, rows=weights[EMBEDDING].shape[0])
-        else:
-            _copy_description(writer, base)
-        _write_header(writer, weights, architecture)
+        with closing(gguf.GGUFWriter(file, architecture.name)) as writer:
+            writer.add_file_type(file_type)
+            if base.is_dir():
+                _describe(writer, base, architecture, rows=weights[EMBEDDING].shape[0])
+            else:
+                _copy_description(writer, base)
+            _write_header(writer, weights, architecture)
         _append(file, weights, architecture, lambda done: told(min(done, size), size))
 
 
 def merged_weights(base: Path, adapter: Path | None, architecture: Architecture, kind: Kind) -> dict[str, Weight]:
-    """The weights of the target by their names in a GGUF. Raises JobFailed for a tensor that has no place there."""
-    tensors = tensors_of(base, architecture.names)
+    """The weights of the target by their names in a GGUF. Raises JobFailed: no whole model, or not the adapter's."""
+    tensors = model_tensors(base, architecture)
     added = read_adapter(adapter, tensors) if adapter is not None else {}
     weights = {}
     for name, tensor in tensors.items():
-        if name.endswith(COMPUTED) or (architecture.tied and name == "lm_head.weight"):
-            continue
-        stored = architecture.stored_name(name)
-        if stored is None and base.is_dir():
-            raise JobFailed(f"{base}: {name} has no place in a GGUF of {architecture.name}", hint="take a base without it")
         order = architecture.stored_order(name)
-        weights[stored or name] = Weight(
+        weights[architecture.stored_name(name) or name] = Weight(  # what only a GGUF has keeps its name
             tensor,
             kind if len(tensor.shape) > 1 else Kind.F32,
             added.get(name),
@@ -85,7 +80,7 @@ def merged_weights(base: Path, adapter: Path | None, architecture: Architecture,
             unit=1 if order is unchanged else architecture.head_dim,
         )
     if EMBEDDING not in weights:
-        raise JobFailed(f"{base}: has no embedding", hint="save it as a whole model for generation (AutoModelForCausalLM)")
+        raise JobFailed(f"{base}: has no embedding", hint="give the GGUF of a whole model")
     return weights
 
 
@@ -109,7 +104,7 @@ def _describe(writer: gguf.GGUFWriter, base: Path, architecture: Architecture, r
 
 def _copy_description(writer: gguf.GGUFWriter, base: Path) -> None:
     for key, (value, types) in read_header(base).fields.items():
-        if key not in NOT_COPIED:
+        if key not in NOT_COPIED and value != []:  # the writer refuses an empty list, which says nothing
             writer.add_key_value(key, value, types[0], types[-1] if len(types) > 1 else None)
 
 
@@ -121,7 +116,6 @@ def _write_header(writer: gguf.GGUFWriter, weights: Mapping[str, Weight], archit
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.close()
 
 
 def _append(path: Path, weights: Mapping[str, Weight], architecture: Architecture, told: Callable[[int], None]) -> None:

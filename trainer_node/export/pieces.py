@@ -3,6 +3,7 @@
 torch computes, with one thread a piece: numpy rounds to 16 bits ten times slower.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from trainer_node.export.lora import LowRank
 from trainer_node.export.weights import Kind, Matrix, Tensor, row_bytes
 
 F16_END = 65520.0  # the least number that F16 rounds to infinity
+NO_NUMBER = "fetch the base again; if it is whole, the training has diverged: train again, with a lower learning rate"
 PIECE_VALUES = 2**20  # of a weight at once: memory is some of these a core
 
 
@@ -55,24 +57,29 @@ class Weight:
         if self.added is not None:
             b = np.ascontiguousarray(self.arrange_added(self.added.b.rows(first, last)))
             rows.addmm_(torch.from_numpy(b), torch.from_numpy(a), alpha=self.added.scale)
-        return rounded(rows, self.kind).data
+        try:
+            return rounded(rows, self.kind).data
+        except JobFailed as error:
+            raise JobFailed(f"{self.source.path}: {error}", hint=error.hint) from error
 
 
 def rounded(values: Any, kind: Kind) -> npt.NDArray[Any]:
     """The float32 tensor as F32, F16 or BF16 (its bits), each value to the nearest.
 
     Raises:
-        JobFailed: one is too large for F16.
+        JobFailed: one is no number, or too large for F16.
     """
     import torch
 
+    least, most = torch.aminmax(values)
+    if not -math.inf < least <= most < math.inf:
+        raise JobFailed("a weight, or what the adapter adds to it, is no number", hint=NO_NUMBER)
     if kind is Kind.F32:
         return np.asarray(values.numpy())
     if kind is Kind.BF16:
         return np.asarray(values.bfloat16().view(torch.int16).numpy())
-    least, most = torch.aminmax(values)
-    if not -F16_END < least <= most < F16_END:  # nor with a NaN
-        raise JobFailed("a weight is too large for F16", hint="export as BF16 or F32")
+    if max(-least, most) >= F16_END:
+        raise JobFailed("a weight is too large for F16", hint="make a folder of it, which keeps its BF16: --route hf")
     return np.asarray(values.half().numpy())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from config.contracts.base import Tolerant
 from config.contracts.job import JobResult, JobSpec
-from config.errors import GateFailed, translate_os_errors
+from config.errors import GateFailed, ProviderUnavailable, translate_os_errors
 from config.files import replace, sync_folder, write_atomic
 from trainer_node import registry
 from trainer_node.aliases import promote
@@ -21,7 +21,7 @@ from trainer_node.export.gate import require_gate
 from trainer_node.export.modelfile import Dress, modelfile
 from trainer_node.export.probes import Probes
 from trainer_node.jobdir import JobDir
-from trainer_node.ollama import OllamaApi
+from trainer_node.ollama import OllamaApi, Progress
 from trainer_node.registry import ModelRecord
 
 log = logging.getLogger("hafs")
@@ -71,15 +71,18 @@ def register(
     spec: JobSpec,
     job_dir: JobDir,
     probes: Probes,
+    told: Progress = lambda sent, total: None,
 ) -> ModelRecord:
     """Create the next version at the server, pass the gate, record it.
 
     Args:
         base: the GGUF of the base, for an adapter.
         context: tokens that the base can take.
+        told: told bytes sent and bytes in all of what is uploaded; what it raises ends it.
 
     Raises:
         GateFailed: the version stays at the server and in the registry for inspection, but does not count.
+        ProviderUnavailable: also where somebody else has made a model of its name meanwhile; the next attempt takes another.
     """
     assert draft.perplexity is not None
     root, tags = job_dir.root, api.tags()
@@ -90,6 +93,13 @@ def register(
     dress = dress_of(api, base_tag(record.base_sha256), tags, spec, served_parameters(spec, probes.special, context))
     beside = {exported.modelfile: modelfile_of(exported, record, dress), DRESS: dress.model_dump_json(indent=1)}
     keep_files(job_dir, root / record.folder, beside)
+
+    def require_free() -> None:  # the upload may have taken hours, and others may use the same server
+        if api.tags().get(record.tag) != tags.get(record.tag):
+            registry.note(root, record, deleted=True)
+            told = f"somebody else has made {record.tag} at {api.url} meanwhile; it was left alone"
+            raise ProviderUnavailable(told, hint="the next attempt takes the next number")
+
     file = job_dir.path / exported.file
     adapter = exported.route == "adapter"
     log.info("creating %s from %s", record.tag, "the base and its adapter" if adapter else f"a GGUF of {exported.quantized}")
@@ -101,23 +111,32 @@ def register(
         template=dress.template or None,
         parameters=dress.parameters,
         licenses=dress.licenses,
+        on_progress=told,
+        just_before=require_free,
     )
-    record = record.model_copy(update={"digest": api.tags()[record.tag], "fault": ""})
+    digest = _created(api, record.tag)
+    record = registry.note(root, record, digest=digest, server=draft.server, passed=False, fault="")  # what passed was another
     try:
         answer = require_gate(api, record.tag, probes, draft.perplexity, exact=exported.exact)
     except GateFailed as error:
-        registry.save(root, record.model_copy(update={"fault": str(error)}))
+        registry.note(root, record, fault=str(error))
         raise
     log.info("smoke gate passed; asked %r it says %r", spec.probe, answer)
-    record = record.model_copy(update={"passed": True})
-    registry.save(root, record)
-    return record
+    return registry.note(root, record, passed=True)
+
+
+def _created(api: OllamaApi, tag: str) -> str:
+    """The digest of what was made just now. Raises ProviderUnavailable where the server does not list it."""
+    digest = api.tags().get(tag)
+    if digest is None:
+        raise ProviderUnavailable(f"{api.url} said that it made {tag} and does not list it", hint="look into the server's log")
+    return digest
 
 
 def promoted(api: OllamaApi, root: Path, record: ModelRecord, spec: JobSpec) -> tuple[ModelRecord, str]:
-    """Move the aliases, unless the job leaves that to a person; the record as it is then, and what there is to say."""
+    """Move the aliases, unless the job leaves that to benchmarks; the record as it is then, and what there is to say."""
     if spec.export.promote == "eval":
-        return record, f"no alias was moved: look at it, then hafs models promote {record.tag}"
+        return record, f"the aliases are left to the benchmarks of hafs run, or to you: hafs models promote {record.tag}"
     notes = promote(api, root, record.tag).notes
     for note in notes:
         log.info(note)

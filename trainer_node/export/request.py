@@ -19,7 +19,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wa
 
 from config.contracts.job import JobError, TrainJob
 from config.contracts.wire import ExportArgs, ExportState
-from config.errors import HafsError, JobFailed
+from config.errors import HafsError, JobFailed, translate_os_errors
 from config.files import write_atomic
 from config.locks import FileLock, holder
 from trainer_node import registry
@@ -70,7 +70,7 @@ def ask(root: Path, args: ExportArgs) -> ExportState:
         JobNotFound: no such model.
         JobFailed: it was cut off.
     """
-    form = Form(root, registry.resolve(root, args.model), args.route, _kind(args))
+    form = Form(root, registry.resolve(root, args.model, failed=True), args.route, _kind(args))
     if args.start:
         done = _made(form)
         if done is not None:
@@ -104,7 +104,9 @@ def _made(form: Form) -> ExportState | None:
 
 
 def _start(form: Form) -> None:
-    """Start the process, and wait until it holds the lock or has ended."""
+    """Start the process, and wait until it holds the lock or has ended. What an earlier one said counts no more."""
+    with translate_os_errors(form.file):
+        form.file.unlink(missing_ok=True)
     argv = [sys.executable, "-P", "-m", "trainer_node.export.request", "--root", str(form.root)]
     argv += ["--model", form.record.tag, "--route", form.route, "--quantize", form.kind]
     child = start_detached(argv, cwd=form.root, log=form.log)
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--quantize", default="")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    record = registry.resolve(options.root, options.model)
+    record = registry.resolve(options.root, options.model, failed=True)
     make(Form(options.root, record, options.route, options.quantize))
 
 

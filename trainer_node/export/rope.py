@@ -19,6 +19,7 @@ from config.errors import JobFailed
 Metadata = dict[str, int | float | str]
 Tensors = dict[str, npt.NDArray[np.float32]]
 ROPE = gguf.Keys.Rope
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # in a header of these families llama.cpp does not read them
 
 
 def rope_of(parameters: Mapping[str, Any], context: int, dimensions: int, allowed: tuple[str, ...]) -> tuple[Metadata, Tensors]:
@@ -57,14 +58,21 @@ def _yarn(parameters: Mapping[str, Any], context: int) -> Metadata:
         raise JobFailed(
             "rope scaling 'yarn' with truncate = false: llama.cpp always rounds the range", hint="use another base model"
         )
+    betas = tuple(float(parameters.get(key) or default) for key, default in YARN_BETAS.items())
+    if betas != tuple(YARN_BETAS.values()):
+        fast, slow = betas
+        raise JobFailed(
+            f"rope scaling 'yarn' with beta_fast {fast:g} and beta_slow {slow:g}: llama.cpp always has 32 and 1 here",
+            hint="use another base model",
+        )
     original = int(parameters["original_max_position_embeddings"])
     factor = float(parameters.get("factor") or context / original)
     keys: Metadata = {
         ROPE.SCALING_TYPE: "yarn",
         ROPE.SCALING_FACTOR: factor,
         ROPE.SCALING_ORIG_CTX_LEN: original,
-        ROPE.SCALING_YARN_BETA_FAST: float(parameters.get("beta_fast") or 32),
-        ROPE.SCALING_YARN_BETA_SLOW: float(parameters.get("beta_slow") or 1),
+        ROPE.SCALING_YARN_BETA_FAST: YARN_BETAS["beta_fast"],
+        ROPE.SCALING_YARN_BETA_SLOW: YARN_BETAS["beta_slow"],
     }
     wanted = parameters.get("attention_factor")
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")

@@ -1,7 +1,8 @@
 """tokenizer.model: the pieces of a SentencePiece model with their scores, read from its protobuf without SentencePiece.
 
 The fields that are read (sentencepiece_model.proto): ModelProto 1 pieces, 2 trainer_spec, 3 normalizer_spec; of a piece 1 text,
-2 score, 3 type, whose numbers are GGUF's; of trainer_spec 3 model_type; of normalizer_spec 3 add_dummy_prefix.
+2 score, 3 type, whose numbers are GGUF's; of trainer_spec 3 model_type; of normalizer_spec 2 precompiled_charsmap,
+3 add_dummy_prefix, 4 remove_extra_whitespaces.
 """
 
 import struct
@@ -25,11 +26,12 @@ class Piece(NamedTuple):
 class Pieces(NamedTuple):
     pieces: list[Piece]
     add_space_prefix: bool
+    normalizes: bool  # letters or white space
 
 
 def read(path: Path) -> Pieces:
     """Raises JobFailed where it is no model or none that merges pairs; OSError."""
-    pieces, model_type, prefix = [], 1, True
+    pieces, model_type, prefix, normalizes = [], 1, True, False
     try:
         for number, value in _fields(path.read_bytes()):
             inner = dict(_fields(value)) if isinstance(value, bytes) else {}
@@ -40,13 +42,14 @@ def read(path: Path) -> Pieces:
                 model_type = inner.get(3, model_type)
             elif number == 3:
                 prefix = bool(inner.get(3, True))
+                normalizes = bool(inner.get(2)) or bool(inner.get(4, True))
     except (IndexError, KeyError, ValueError, AttributeError, struct.error) as error:
         raise JobFailed(f"{path.name} is no SentencePiece model: {error}", hint="fetch the file again") from error
     if model_type != BPE:
         raise JobFailed(
             f"{path.name} is no SentencePiece model of the type BPE", hint="take a base whose tokenizer merges pairs (BPE)"
         )
-    return Pieces(pieces, prefix)
+    return Pieces(pieces, prefix, normalizes)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -4,6 +4,8 @@
 - Two kinds: `gpt2`, byte pairs merged by rank within words, and `llama`, SentencePiece's pairs merged by score. Where a folder
   has no tokenizer.model, a piece's score is the rank of the first merge that makes it: the order that SentencePiece gave it.
 - Every id up to the embedding's rows has a token; what the tokenizer does not know is unused. No two tokens have one text.
+- A token that a template writes turns with is a control token, also where the tokenizer does not call it special: llama.cpp finds
+  any other added token in what a person writes, too.
 - What this cannot express (another model, an unknown pre-tokenizer or normalizer) is refused by name.
 """
 
@@ -24,6 +26,8 @@ from trainer_node.special_text import CONTROL_BY_NAME
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (int(kind) for kind in gguf.TokenType)
 BYTES = re.compile("<0x[0-9A-F]{2}>")
+# What llama.cpp's converter takes for a control token by its looks; DeepSeek's roles are such.
+LOOKS_LIKE_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 SPACE = "▁"
 ROLES = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}  # and the key: tokenizer.ggml.…_token_id
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -58,22 +62,26 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     Raises:
         JobFailed: as `read_folder`.
     """
-    found = read_folder(folder, rows)
-    writer.add_tokenizer_model(found.kind)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list(found.tokens)
-    writer.add_token_types(found.types)
-    if found.kind == "llama":
-        writer.add_token_scores(found.scores)
+    write_vocabulary(writer, read_folder(folder, rows))
+
+
+def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """The `tokenizer.*` keys of a GGUF."""
+    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.kind == "llama":
+        writer.add_token_scores(vocabulary.scores)
     else:
-        writer.add_token_merges([f"{left} {right}" for left, right in found.merges])
-    for role, id_ in found.roles.items():
+        writer.add_token_merges([f"{left} {right}" for left, right in vocabulary.merges])
+    for role, id_ in vocabulary.roles.items():
         writer.add_uint32(f"tokenizer.ggml.{ROLES[role]}_token_id", id_)
-    writer.add_add_bos_token(found.add_bos)
-    writer.add_add_eos_token(found.add_eos)
-    writer.add_add_space_prefix(found.add_space_prefix)
-    if found.template:
-        writer.add_chat_template(found.template)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.template:
+        writer.add_chat_template(vocabulary.template)
 
 
 def read_folder(folder: Path, rows: int) -> Vocabulary:
@@ -85,7 +93,7 @@ def read_folder(folder: Path, rows: int) -> Vocabulary:
     try:
         files = _Files.read(folder)
         return _Reader(files, rows).read()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         told = f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}"
         raise JobFailed(told, hint="is the folder whole? it needs tokenizer.json or tokenizer.model") from error
     except JobFailed as error:
@@ -96,7 +104,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary:
     """Read the `tokenizer.*` keys of a GGUF.
 
     Raises:
-        JobFailed: no GGUF, or a kind of vocabulary that is not known here.
+        JobFailed: no GGUF, a broken vocabulary, or a kind that is not known here.
     """
     try:
         keys = read_metadata(path)
@@ -111,24 +119,40 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary:
         raise JobFailed(f"{path}: its vocabulary is of the kind {kind!r}, which is not known here", hint=WAY_OUT)
     tokens, spm = value("tokens", []), kind == "llama"
     types = value("token_type", [NORMAL] * len(tokens))
+    scores = value("scores", [0.0] * len(tokens)) if spm else []
+    roles = {role: int(id_) for role, key in ROLES.items() if (id_ := value(f"{key}_token_id")) is not None}
+    if (
+        len(types) != len(tokens)
+        or (spm and len(scores) != len(tokens))
+        or not all(0 <= id_ < len(tokens) for id_ in roles.values())
+    ):
+        told = f"{len(tokens)} tokens, {len(types)} types, {len(scores)} scores, and the ids {roles}"
+        raise JobFailed(f"{path}: its vocabulary is broken: {told}", hint="fetch or convert the file again")
+    template = str(keys.get("tokenizer.chat_template", ""))
     return Vocabulary(
         kind=kind,
         pre=pre,
         tokens=tokens,
         types=[CONTROL if token in CONTROL_BY_NAME else type_ for token, type_ in zip(tokens, types, strict=True)],
-        scores=value("scores", [0.0] * len(tokens)) if spm else [],
+        scores=scores,
         merges=[] if spm else [_pair(merge) for merge in value("merges", [])],
-        roles={role: int(id_) for role, key in ROLES.items() if (id_ := value(f"{key}_token_id")) is not None},
+        roles=_end_of_turn({token: id_ for id_, token in enumerate(tokens)}, template, roles) | roles,
         add_bos=bool(value("add_bos_token", spm or pre in ("llama-bpe", "tekken"))),
         add_eos=bool(value("add_eos_token", False)),
-        add_space_prefix=bool(value("add_space_prefix", spm)),
-        template=str(keys.get("tokenizer.chat_template", "")),
+        add_space_prefix=spm and bool(value("add_space_prefix", True)),
+        template=template,
     )
+
+
+def _end_of_turn(ids: dict[str, int], template: str, roles: dict[str, int]) -> dict[str, int]:
+    """The role `eot`, where the template ends a turn with another token than the end token. Few files say so themselves."""
+    end = next((ids[text] for text in ENDS_OF_TURN if text in ids and text in template), None)
+    return {} if end is None or end == roles.get("eos") else {"eot": end}
 
 
 def _pair(merge: str) -> Pair:
     left, _, right = merge[1:].partition(" ")  # a piece may begin with a blank, none has one inside
-    return merge[0] + left, right
+    return merge[:1] + left, right
 
 
 @dataclass(frozen=True)
@@ -136,7 +160,8 @@ class _Files:
     """What lies in the folder, parsed."""
 
     tokenizer: dict[str, Any]  # tokenizer.json, {} without one
-    pieces: sentencepiece.Pieces | None  # tokenizer.model
+    pieces: sentencepiece.Pieces | None  # tokenizer.model, where it has a say: beside byte pairs it may be of any format
+    added: dict[str, Any]  # added_tokens.json, which older versions of transformers wrote
     config: dict[str, Any]  # tokenizer_config.json, with special_tokens_map.json under it
     model: dict[str, Any]  # config.json
     template: str
@@ -148,14 +173,14 @@ class _Files:
             return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
         config = parsed("special_tokens_map.json") | parsed("tokenizer_config.json")
-        proto = folder / "tokenizer.model"
-        pieces = sentencepiece.read(proto) if proto.exists() else None
-        tokenizer = parsed("tokenizer.json")
+        tokenizer, proto = parsed("tokenizer.json"), folder / "tokenizer.model"
+        spm = not tokenizer or tokenizer["model"].get("byte_fallback")
+        pieces = sentencepiece.read(proto) if spm and proto.exists() else None
         if not tokenizer and pieces is None:
             raise JobFailed("has neither tokenizer.json nor tokenizer.model", hint="fetch the whole repository of the model")
         jinja = folder / "chat_template.jinja"
         template = jinja.read_text(encoding="utf-8") if jinja.exists() else _template(config.get("chat_template"))
-        return cls(tokenizer, pieces, config, parsed("config.json"), template)
+        return cls(tokenizer, pieces, parsed("added_tokens.json"), config, parsed("config.json"), template)
 
 
 def _template(written: Any) -> str:
@@ -175,8 +200,13 @@ class _Reader:
         if model.get("type") != "BPE":
             raise JobFailed(f"a tokenizer of the type {model.get('type')!r} is not known here", hint=WAY_OUT)
         spm = bool(model.get("byte_fallback"))
-        pre = "default" if spm else by_structure(self.files.tokenizer["pre_tokenizer"], bool(model.get("ignore_merges"))).name
+        cut = self.files.tokenizer.get("pre_tokenizer") or {}
+        if spm:
+            _require_uncut(cut)
+        pre = "default" if spm else by_structure(cut, bool(model.get("ignore_merges"))).name
         _require_normalizer(self.files.tokenizer.get("normalizer"), spm)
+        if not self.files.tokenizer and self.files.pieces is not None and self.files.pieces.normalizes:
+            raise JobFailed("its tokenizer.model changes text before it splits it, llama.cpp does not", hint=WAY_OUT)
         merges = [tuple(merge) if isinstance(merge, list) else _pair(merge) for merge in model.get("merges", [])]
         self._tokens(model, spm)
         tokens = [self.by_id.get(id_, (f"[PAD{id_}]", UNUSED)) for id_ in range(self.rows)]
@@ -189,21 +219,24 @@ class _Reader:
             scores=self._scores(merges) if spm else [],
             merges=[] if spm else merges,
             roles=roles,
-            add_bos="bos" in roles and self._adds("bos"),
-            add_eos="eos" in roles and self._adds("eos"),
+            add_bos="bos" in roles and self._adds_bos(),
+            add_eos=False,  # whatever the config says: it means texts to learn from, a server would end every prompt with it
             add_space_prefix=spm and self._adds_space(),
             template=self.files.template,
         )
 
     def _tokens(self, model: dict[str, Any], spm: bool) -> None:
         """From the vocabulary, then from what was added to it, which counts."""
-        pieces = self.files.pieces if spm else None
-        if pieces is not None:
-            self.by_id = {id_: (piece.text, piece.kind) for id_, piece in enumerate(pieces.pieces)}
+        if self.files.pieces is not None:
+            self.by_id = {id_: (piece.text, piece.kind) for id_, piece in enumerate(self.files.pieces.pieces)}
         for token, id_ in model.get("vocab", {}).items():
             self.by_id.setdefault(id_, (token, BYTE if spm and BYTES.fullmatch(token) else NORMAL))
         for token, id_, special in self._added():
-            self.by_id[id_] = (token, CONTROL if special or token in CONTROL_BY_NAME else USER_DEFINED)
+            if id_ >= self.rows and not self._is_used(token):
+                continue  # Gemma 3's tokenizer has a token of its larger models: no text is read as it here
+            control = special or token in CONTROL_BY_NAME or LOOKS_LIKE_CONTROL.fullmatch(token)
+            known_as = self.by_id.get(id_, ("", NORMAL))[1]
+            self.by_id[id_] = (token, UNKNOWN if known_as == UNKNOWN else CONTROL if control else USER_DEFINED)
         unknown = model.get("unk_token") if spm else None
         for id_, (token, kind) in self.by_id.items():
             if token == unknown:
@@ -216,10 +249,19 @@ class _Reader:
             raise JobFailed("two of its tokens have the same text, which llama.cpp refuses", hint=WAY_OUT)
 
     def _added(self) -> Iterable[tuple[str, int, bool]]:
+        """Token, id and whether it is called special."""
         added = {int(entry["id"]): entry for entry in self.files.tokenizer.get("added_tokens", [])}
         if not self.files.tokenizer:
-            added = {int(id_): entry for id_, entry in self.files.config.get("added_tokens_decoder", {}).items()}
+            special = {_content(named) for value in self.files.config.values() for named in _listed(value)}
+            added = {int(id_): {"content": token, "special": token in special} for token, id_ in self.files.added.items()}
+            added |= {int(id_): entry for id_, entry in self.files.config.get("added_tokens_decoder", {}).items()}
         return [(str(entry["content"]), id_, bool(entry.get("special"))) for id_, entry in sorted(added.items())]
+
+    def _is_used(self, token: str) -> bool:
+        return token in self.files.template or token in map(self._named, ROLES)
+
+    def _named(self, role: str) -> str | None:
+        return _content(self.files.config.get(f"{role}_token"))
 
     def _scores(self, merges: list[Pair]) -> list[float]:
         """Of a piece that no merge makes nothing is asked: the lowest."""
@@ -233,30 +275,23 @@ class _Reader:
 
     def _roles(self) -> dict[str, int]:
         ids = {token: id_ for id_, (token, _) in self.by_id.items()}
-        roles = {}
-        for role in ("bos", "eos", "unk", "pad"):
-            written = self.files.config.get(f"{role}_token")
-            text = written.get("content") if isinstance(written, dict) else written
-            if text in ids:
-                roles[role] = ids[text]
-        configured = self.files.model.get("eos_token_id")
-        if "eos" not in roles and configured is not None:
-            roles["eos"] = int(configured[0] if isinstance(configured, list) else configured)
-        eot = next((ids[end] for end in ENDS_OF_TURN if end in ids and end in self.files.template), None)
-        if eot is not None and eot != roles.get("eos"):
-            roles["eot"] = eot
-        return roles
+        roles = {role: ids[text] for role in ROLES if (text := self._named(role)) in ids and text}
+        for role in ("bos", "eos"):
+            configured = self.files.model.get(f"{role}_token_id")
+            has_none = role == "bos" and "bos_token" in self.files.config
+            if role not in roles and configured is not None and not has_none:
+                roles[role] = int(configured[0] if isinstance(configured, list) else configured)
+        return _end_of_turn(ids, self.files.template, roles) | roles
 
-    def _adds(self, role: str) -> bool:
+    def _adds_bos(self) -> bool:
         """What the config says, else what the tokenizer itself does."""
-        said = self.files.config.get(f"add_{role}_token")
+        said = self.files.config.get("add_bos_token")
         if said is not None:
             return bool(said)
         if not self.files.tokenizer:
-            return role == "bos"
-        first_or_last = [entry for entry in _single(self.files.tokenizer.get("post_processor")) if entry]
-        end = 0 if role == "bos" else -1
-        return bool(first_or_last) and "SpecialToken" in first_or_last[end]
+            return True
+        made = _single(self.files.tokenizer.get("post_processor"))
+        return bool(made) and "SpecialToken" in made[0]
 
     def _adds_space(self) -> bool:
         if not self.files.tokenizer:
@@ -264,8 +299,18 @@ class _Reader:
             return bool(self.files.config.get("add_prefix_space", self.files.pieces.add_space_prefix))
         pre = self.files.tokenizer.get("pre_tokenizer") or {}
         if pre.get("type") == "Metaspace":
-            return pre.get("prepend_scheme", "always") != "never"
+            return pre.get("prepend_scheme", "always") != "never" and bool(pre.get("add_prefix_space", True))
         return any(step["type"] == "Prepend" for step in _normalizers(self.files.tokenizer.get("normalizer")))
+
+
+def _content(named: Any) -> str | None:
+    """A token of a config is written as its text, or with its text."""
+    text = named.get("content") if isinstance(named, dict) else named
+    return text if isinstance(text, str) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _single(described: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -275,6 +320,13 @@ def _single(described: dict[str, Any] | None) -> list[dict[str, Any]]:
     if described["type"] == "Sequence":
         return [entry for part in described["processors"] for entry in _single(part)]
     return list(described["single"]) if described["type"] == "TemplateProcessing" else []
+
+
+def _require_uncut(described: dict[str, Any]) -> None:
+    """llama.cpp cuts nothing before it merges pieces. Spaces have been replaced by then, so that to split at one is nothing."""
+    at_spaces = described.get("type") == "Split" and described["pattern"].get("String") == " "
+    if described and not at_spaces and described["type"] != "Metaspace":
+        raise JobFailed(f"its tokenizer cuts text by {described['type']} before it merges, llama.cpp does not", hint=WAY_OUT)
 
 
 def _require_normalizer(described: dict[str, Any] | None, spm: bool) -> None:

@@ -24,6 +24,7 @@ Kind: TypeAlias = gguf.GGMLQuantizationType
 SAFETENSORS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LENGTH_BYTES = 8  # of a safetensors header, before it
+COMPARED_VALUES = 2**22  # at once
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ def tensors_of(base: Path, names: Mapping[str, str] | None = None) -> dict[str, 
     return found
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether both hold the same numbers. They are read in pieces, up to the first that differs."""
+    if one.shape != other.shape:
+        return False
+    step = max(COMPARED_VALUES // one.columns, 1)
+    pieces = ((first, min(first + step, one.shape[0])) for first in range(0, one.shape[0], step))
+    return all(np.array_equal(one.rows(first, last), other.rows(first, last)) for first, last in pieces)
+
+
 class Field(NamedTuple):
     value: Any
     types: list[gguf.GGUFValueType]  # of an array: ARRAY, then its elements' type
@@ -118,8 +128,10 @@ def read_header(path: Path) -> Header:
     try:
         found = path.stat()
         return _header(path, found.st_mtime_ns, found.st_size)
-    except (OSError, ValueError) as error:
-        raise JobFailed(f"{path}: not a GGUF file: {error}", hint="give a GGUF of a whole model, or a model's folder") from error
+    except (OSError, ValueError, LookupError, OverflowError) as error:  # a file that is cut off gives the reader any of these
+        raise JobFailed(
+            f"{path}: not a whole GGUF file: {error}", hint="give a GGUF of a whole model, or a model's folder"
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -140,9 +152,12 @@ def _located(path: Path, listed: list[Any]) -> dict[str, Tensor]:
 
 def _shards(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        named = sorted(set(_json(index.read_bytes(), index)["weight_map"].values()))
-        paths = [folder / Path(name).name for name in named]  # a name with folders in it leads nowhere
+    if index.is_file() and not single.is_file():  # where both are, transformers takes the one file, so that is what is trained
+        try:
+            named = sorted({Path(name).name for name in _json(index.read_bytes(), index)["weight_map"].values()})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise JobFailed(f"{index}: lists no shards", hint="fetch it again") from error
+        paths = [folder / name for name in named]  # a name with folders in it leads nowhere
     else:
         paths = [single]
     missing = [path.name for path in paths if not path.is_file()]
@@ -153,20 +168,31 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file. Raises JobFailed: it is none, it is not whole, or its weights are of another kind."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if length > path.stat().st_size:
+        if length > size:
             raise JobFailed(f"{path}: not a safetensors file", hint="fetch it again")
         header = _json(file.read(length), path)
-    found = {}
-    for name, said in header.items():
-        if name == "__metadata__":
-            continue
-        if said["dtype"] not in SAFETENSORS:
-            raise JobFailed(f"{path}: {name} is stored as {said['dtype']}", hint="take a base with weights of 16 or 32 bits")
-        start = LENGTH_BYTES + length + int(said["data_offsets"][0])
-        found[name] = Tensor(path, start, tuple(said["shape"]), SAFETENSORS[said["dtype"]])
-    return found
+    begin = LENGTH_BYTES + length
+    try:
+        return {name: _placed(path, name, said, begin, size) for name, said in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise JobFailed(f"{path}: not a safetensors file: {error!r}", hint="fetch it again") from error
+
+
+def _placed(path: Path, name: str, said: Mapping[str, Any], begin: int, size: int) -> Tensor:
+    """A tensor of a safetensors file of `size` bytes whose tensors begin at `begin`."""
+    if said["dtype"] not in SAFETENSORS:
+        raise JobFailed(f"{path}: {name} is stored as {said['dtype']}", hint="take weights of 16 or 32 bits")
+    first, last = said["data_offsets"]
+    tensor = Tensor(path, begin + first, tuple(said["shape"]), SAFETENSORS[said["dtype"]])
+    if last - first != prod(tensor.shape) * row_bytes(1, tensor.kind):
+        raise JobFailed(f"{path}: {name} has {last - first} bytes, which is not its shape {tensor.shape}", hint="fetch it again")
+    if first < 0 or begin + last > size:
+        raise JobFailed(f"{path}: ends before {name} does", hint="fetch it again: it is not whole")
+    return tensor
 
 
 def _json(data: bytes, path: Path) -> Any:

@@ -41,22 +41,32 @@ def whole_file(target: Path, size: int) -> Iterator[Path]:
 @contextmanager
 def whole_folder(target: Path, size: int) -> Iterator[Path]:
     """As `whole_file`, for a folder of files; one that is there under that name makes way. Raises DiskFull, StoreError."""
-    partial = target.with_name(target.name + ".partial")
+    partial, old = (target.with_name(f"{target.name}{part}.partial") for part in ("", ".old"))
     with translate_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         require_room(target, size)
         shutil.rmtree(partial, ignore_errors=True)
+        _settle(old, target)
         try:
             partial.mkdir()
             yield partial
             for path in partial.iterdir():
                 _sync(path)
             sync_folder(partial)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                replace(target, old)  # to delete it takes a while, in which half of it would have the name
             replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            _settle(old, target)
         sync_folder(target.parent)
+
+
+def _settle(old: Path, target: Path) -> None:
+    """What made way goes back to its name, unless a new one has that: then it goes."""
+    if old.exists() and not target.exists():
+        replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_room(target: Path, size: int) -> None:

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from trainer_node.runtime.engine import Engine, EngineSpec, Piece, default_threads
 from trainer_node.runtime.models import ApiError, Model, Store
-from trainer_node.runtime.options import keep_alive_s, merged_options, schema_of
+from trainer_node.runtime.options import field, keep_alive_s, merged_options, schema_of, top_logprobs
 from trainer_node.runtime.pool import Pool
 from trainer_node.runtime.prompts import Prompts
 from trainer_node.runtime.requests import json_body, json_reply, line, stream_reply
@@ -58,7 +58,7 @@ class Answers:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await json_body(request)
-        if not body.get("model"):
+        if not field(body, "model", str):
             raise ApiError(400, "model is required")
         messages = body.get("messages") or []
         if not isinstance(messages, list):
@@ -83,14 +83,14 @@ class Answers:
         body = await json_body(request)
         keep_s = keep_alive_s(body.get("keep_alive"))
         model = self._find(body)
-        prompt = str(body.get("prompt") or "")
+        prompt = field(body, "prompt", str)
         if not prompt:
             return await self._load_or_unload(body, model, keep_s, generate_part)
         self._check_capability(body, model, "generate")
         for name in UNSUPPORTED:
             if body.get(name):
                 raise ApiError(400, f"{name} is not supported by this server")
-        system = str(body.get("system") or model.system)
+        system = field(body, "system", str) or model.system
         history = [{"role": "system", "content": system}] if system else []
         history += [*map(_message, model.messages), {"role": "user", "content": prompt}]
         raw = prompt if body.get("raw") else None
@@ -105,11 +105,11 @@ class Answers:
         texts = [given] if isinstance(given, str) else given or []
         if not any(texts):
             return json_reply({"model": body["model"], "embeddings": []})
-        options = merged_options(model.parameters, body.get("options") or {})
-        async with self._engine(body["model"], model, options, keep_alive_s(body.get("keep_alive"))) as engine:
-            for text in texts:
-                if body.get("truncate") is False and len(await engine.tokenize(str(text))) > engine.spec.num_ctx:
-                    raise ApiError(400, TOO_LONG)
+        if body.get("truncate") is False:
+            async with self._engine(body["model"], model, _options(body, model), keep_alive_s(body.get("keep_alive"))) as engine:
+                for text in texts:
+                    if len(await engine.tokenize(str(text))) > engine.spec.num_ctx:
+                        raise ApiError(400, TOO_LONG)
         raise ApiError(501, "This server does not support embeddings. Start it with `--embeddings`")
 
     async def tokenize(self, request: web.Request) -> web.Response:
@@ -117,12 +117,12 @@ class Answers:
         body = await json_body(request)
         model = self._find(body)
         self._check_capability(body, model, "tokenize")
-        options = merged_options(model.parameters, body.get("options") or {})
-        async with self._engine(str(body["model"]), model, options, keep_alive_s(body.get("keep_alive"))) as engine:
-            return json_reply({"tokens": await engine.tokenize(str(body.get("prompt") or ""))})
+        prompt = field(body, "prompt", str)
+        async with self._engine(body["model"], model, _options(body, model), keep_alive_s(body.get("keep_alive"))) as engine:
+            return json_reply({"tokens": await engine.tokenize(prompt)})
 
     def _find(self, body: dict[str, Any], missing: str = "model '{}' not found") -> Model:
-        name = str(body.get("model") or "")
+        name = field(body, "model", str)
         model = self._store.find(name)
         if model is None:
             raise ApiError(404, missing.format(name))
@@ -145,16 +145,16 @@ class Answers:
         messages: list[dict[str, Any]],
         raw_prompt: str | None,
     ) -> Order:
-        options = merged_options(model.parameters, body.get("options") or {})
+        options = _options(body, model)
         request = {name: value for name, value in options.items() if name not in ("num_ctx", "num_predict", "num_keep")}
-        request["n_predict"] = options["num_predict"]
+        request["n_predict"] = min(options["num_predict"], 2**31 - 1)  # what llama.cpp counts in
         schema = schema_of(body.get("format"))
         if schema is not None:
             request["json_schema"] = schema
         if body.get("logprobs"):
-            request["n_probs"] = max(1, int(body.get("top_logprobs") or 0))
+            request["n_probs"] = max(1, top_logprobs(body))
         return Order(
-            asked=str(body["model"]),
+            asked=body["model"],
             model=model,
             options=options,
             keep_alive_s=keep_s,
@@ -182,11 +182,10 @@ class Answers:
         self, body: dict[str, Any], model: Model, keep_s: float, part: Callable[[str], dict[str, Any]]
     ) -> web.Response:
         if keep_s == 0.0:
-            await self._pool.unload(model)
+            await self._pool.unload(model.name, model.weights)
             reason = "unload"
         else:
-            options = merged_options(model.parameters, body.get("options") or {})
-            async with self._engine(str(body["model"]), model, options, keep_s):
+            async with self._engine(body["model"], model, _options(body, model), keep_s):
                 reason = "load"
         return json_reply({"model": body["model"], "created_at": _now(), **part(""), "done": True, "done_reason": reason})
 
@@ -240,13 +239,17 @@ class Answers:
         return await self._prompts.tokens(engine, order.model, order.messages)
 
 
+def _options(body: dict[str, Any], model: Model) -> dict[str, Any]:
+    return merged_options(model.parameters, field(body, "options", dict))
+
+
 def _message(entry: Any) -> dict[str, str]:
     """What a template is told. Raises ApiError (400)."""
     if not isinstance(entry, dict):
         raise ApiError(400, "json: cannot unmarshal a message: an object is expected")
     if entry.get("images"):
         raise ApiError(400, "images are not supported by this server")
-    return {"role": str(entry.get("role") or ""), "content": str(entry.get("content") or "")}
+    return {"role": field(entry, "role", str), "content": field(entry, "content", str)}
 
 
 def cut(tokens: list[int], num_ctx: int, num_keep: int) -> list[int]:

@@ -1,7 +1,7 @@
 """`POST /api/create`: a model from blobs or from another model, told step by step.
 
 As Ollama does, it believes what it is told: the kind of a GGUF decides where it goes, so a LoRA given as a model makes a model
-that cannot answer, and parameters are stored unchecked. The client checks before it sends. Nothing is
+that cannot answer, and the values of parameters are stored unchecked. The client checks before it sends. Nothing is
 converted, quantized or pulled.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from trainer_node.runtime.gguf_file import GgufFile, NotGguf, read_gguf
 from trainer_node.runtime.go_template import GoTemplate, TemplateError
 from trainer_node.runtime.models import ApiError, Layer, Model, ModelName, Store
+from trainer_node.runtime.options import field
 from trainer_node.runtime.templates import family_of
 
 
@@ -27,10 +28,16 @@ class Step:
 
 def check(body: dict[str, Any]) -> ModelName:
     """What can be refused before the first line. Raises ApiError (400)."""
-    name = ModelName.parse(str(body.get("model") or body.get("name") or ""))
-    for files in (body.get("files") or {}, body.get("adapters") or {}):
+    name = ModelName.parse(field(body, "model", str) or field(body, "name", str))
+    for text in ("from", "template", "system"):
+        field(body, text, str)
+    field(body, "parameters", dict)
+    field(body, "messages", list)
+    if not isinstance(body.get("license"), str | list | None):
+        raise ApiError(400, "invalid license: a text or a list of texts is expected")
+    for files in (field(body, "files", dict), field(body, "adapters", dict)):
         for path, digest in files.items():
-            if not digest:
+            if not digest or not isinstance(digest, str):
                 raise ApiError(400, "invalid digest format")
             clean = posixpath.normpath(path)
             if "\\" in path or ":" in path or clean.startswith(("/", "..")):
@@ -60,7 +67,7 @@ def create(store: Store, name: ModelName, body: dict[str, Any]) -> Generator[str
     steps: list[Step] = []
     config: dict[str, Any] = {}
     if body.get("from"):
-        parent = store.find(str(body["from"]))
+        parent = store.find(body["from"])
         if parent is None:
             yield "pulling manifest"
             raise ApiError(404, f"pull model manifest: '{body['from']}' is not on this server, which does not pull")
@@ -98,7 +105,6 @@ def _from_files(store: Store, files: dict[str, str], config: dict[str, Any]) -> 
         steps.append(Step(Layer(kind, digest, path.stat().st_size), f"using existing layer {digest}"))
         if not gguf.is_adapter:
             steps += _family_steps(store, gguf)
-        if not gguf.is_adapter:
             config = _config(gguf, config)
     return steps, config
 
@@ -123,10 +129,10 @@ def _in_order(steps: list[Step]) -> list[Step]:
 def _dressed(store: Store, steps: list[Step], body: dict[str, Any]) -> list[Step]:
     """Template, system, licence, parameters and messages of the request replace or join those that are there."""
     if body.get("template"):
-        _check_template(str(body["template"]))
-        steps = _replaced(store, steps, "template", str(body["template"]).encode())
+        _check_template(body["template"])
+        steps = _replaced(store, steps, "template", body["template"].encode())
     if body.get("system"):
-        steps = _replaced(store, steps, "system", str(body["system"]).encode())
+        steps = _replaced(store, steps, "system", body["system"].encode())
     licenses = body.get("license") or []
     for text in [licenses] if isinstance(licenses, str) else licenses:
         layer, there = store.add("license", str(text).encode())
@@ -148,7 +154,7 @@ def _dressed(store: Store, steps: list[Step], body: dict[str, Any]) -> list[Step
 def _check_template(text: str) -> None:
     try:
         GoTemplate(text)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ApiError(400, f"template error: {error}") from error
 
 

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
+import psutil
 
 from trainer_node.runtime.models import ApiError
 
 LOAD_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 10.0
 LINE_BYTES = 2**20
+DIED = "the model runner has unexpectedly stopped"
 FIELDS = ["content", "stop", "stop_type", "tokens_predicted", "timings", "completion_probabilities"]  # not the prompt once more
 # How long OpenMP's threads spin at a barrier: its own default makes an engine ten times slower once anything else uses a core.
 SPIN_COUNT = "10000"
@@ -89,21 +91,26 @@ class Engine:
         except BaseException:
             await _end(process)
             raise
-        session = aiohttp.ClientSession(
-            greeting["url"],
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),  # llama.cpp drops idle connections as we reuse them
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=aiohttp.ClientTimeout(),
-            read_bufsize=LINE_BYTES,
-        )
-        engine = cls(spec, process, session)
+        engine = cls(spec, process, _session(greeting["url"], key))
         engine.gpu = bool(greeting["gpu"])
-        engine._bos = await engine._tokenize("")
+        try:
+            engine._bos = await engine._tokenize("")
+        except BaseException:
+            await engine.stop()
+            raise
         return engine
 
     @property
     def alive(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Memory that holds its files, the weights above all: the system calls it available, yet the engine needs it."""
+        try:
+            return int(getattr(psutil.Process(self._process.pid).memory_info(), "shared", 0))  # Linux alone tells
+        except psutil.Error:
+            return 0
 
     async def stop(self) -> None:
         await self._session.close()
@@ -128,14 +135,19 @@ class Engine:
         return str(answer["prompt"])
 
     async def complete(self, prompt: list[int], request: dict[str, Any]) -> AsyncGenerator[Piece]:
-        """Generate from tokens. Closing the iterator stops the generation."""
+        """Generate from tokens; the last piece has a reason. Closing the iterator stops the generation. Raises ApiError."""
         body = {"prompt": prompt, "stream": True, "cache_prompt": True, "response_fields": FIELDS, **request}
+        ended = False
         async with self._post("/completion", body) as response:
             async for line in response.content:
                 if line.startswith(b"data: "):
-                    yield _piece(json.loads(line[6:]))
+                    piece = _piece(json.loads(line[6:]))
+                    ended = bool(piece.done_reason)
+                    yield piece
                 elif line.startswith(b"error: "):
                     raise ApiError(500, _reason(line[7:]))
+        if not ended:
+            raise ApiError(500, f"{DIED} in the middle of its answer")
 
     async def _tokenize(self, text: str) -> list[int]:
         return list((await self._call("/tokenize", {"content": text, "add_special": True, "parse_special": True}))["tokens"])
@@ -152,7 +164,17 @@ class Engine:
                     raise ApiError(response.status, _reason(await response.read()))
                 yield response
         except aiohttp.ClientError as error:
-            raise ApiError(500, f"the model runner has unexpectedly stopped: {error}") from error
+            raise ApiError(500, f"{DIED}: {error}") from error
+
+
+def _session(url: str, key: str) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),  # llama.cpp drops idle connections as we reuse them
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=aiohttp.ClientTimeout(),
+        read_bufsize=LINE_BYTES,
+    )
 
 
 async def _greet(process: asyncio.subprocess.Process, request: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 # GGUF's value types as struct formats
 SCALARS = dict(zip(range(13), ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d"), strict=True))
 STRING, ARRAY = 8, 9
+MAX_DIMENSIONS = 4  # of a tensor, in llama.cpp
 TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
 
@@ -59,14 +60,15 @@ class GgufFile:
     def file_type(self) -> str:
         """The quantization as people call it: F16, Q8_0, Q4_K_M."""
         try:
-            name = str(LlamaFileType(int(self.metadata.get("general.file_type", -1))).name)
+            name = str(LlamaFileType(self.metadata.get("general.file_type")).name)
         except ValueError:
             return "unknown"
         return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
     def length(self, key: str) -> int:
-        """`<architecture>.<key>`, such as context_length; 0 if absent."""
-        return int(self.metadata.get(f"{self.architecture}.{key}") or 0)
+        """`<architecture>.<key>`, such as context_length; 0 if absent, or no number."""
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        return int(value) if isinstance(value, int | float) and isfinite(value) else 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def _mapped(path: Path, read: "Callable[[_Cursor], T]") -> T:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return read(_Cursor(data))
-            except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
-                if isinstance(error, NotGguf):
-                    raise
+            except NotGguf:
+                raise
+            except (struct.error, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
                 raise NotGguf(f"unexpected end or broken header of the GGUF file: {error}") from error
 
 
@@ -192,6 +194,8 @@ def _read(cursor: _Cursor) -> GgufFile:
 
 def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, dimensions = cursor.string(), cursor.number("I")
+    if dimensions > MAX_DIMENSIONS:
+        raise NotGguf(f'tensor "{name}" has {dimensions} dimensions')
     shape = tuple(cursor.number("Q") for _ in range(dimensions))
     return name, shape, cursor.number("I"), cursor.number("Q")
 

@@ -5,7 +5,9 @@ Known are text, trim markers, if / else if / else, `range .Messages`, fields, `e
 its `.Response`. What is beyond that is refused at create, never rendered wrongly.
 """
 
+import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ Message = dict[str, Any]
 EMPTY_HERE = {"Tools", "ToolCalls", "Thinking", "Think", "IsThinkSet", "Images", "Suffix"}
 ROOT_FIELDS = {"System", "Messages", "Prompt", "Response"} | EMPTY_HERE
 MESSAGE_FIELDS = {"Role", "Content"} | EMPTY_HERE
+LEAST, MOST = {"eq": 2, "ne": 2, "not": 1, "and": 1, "or": 1}, {"ne": 2, "not": 1}  # arguments of the functions
+BLANKS = " \t\r\n"  # what a trim marker takes
 SUPPORTED = "known here: if, else, range .Messages, eq, ne, and, or, not, .System .Messages .Prompt .Response .Role .Content"
 
 
@@ -100,7 +104,7 @@ RESPONSE = _Field("Response", of_root=False)
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        self._pieces = _split(text)  # text and (action,), in turn
+        self._pieces = deque(_split(text))  # text and (action,), in turn
 
     def parse(self) -> list[Any]:
         nodes, end = self._block()
@@ -112,14 +116,14 @@ class _Parser:
         """Nodes up to the `end` or `else …` that closes this block, and that word; "" at the end of the text."""
         nodes: list[Any] = []
         while self._pieces:
-            piece = self._pieces.pop(0)
+            piece = self._pieces.popleft()
             if isinstance(piece, str):
                 nodes.append(piece)
                 continue
-            word, _, rest = piece[0].partition(" ")
+            word, *rest = piece[0].split(maxsplit=1) or [""]
             if word in ("end", "else"):
                 return nodes, piece[0]
-            nodes.append(self._action(word, rest.strip(), piece[0]))
+            nodes.append(self._action(word, "".join(rest), piece[0]))
         return nodes, ""
 
     def _action(self, word: str, rest: str, action: str) -> Any:
@@ -147,8 +151,10 @@ class _Parser:
                 return _If(branches)
             if not end:
                 raise TemplateError("template: :1: unexpected EOF")
-            rest = end.removeprefix("else").strip()
-            test = _expression(rest.removeprefix("if").strip()) if rest else None
+            otherwise = re.fullmatch(r"else(?:\s+if\s+(.+))?", end, re.DOTALL)
+            if test is None or not otherwise:
+                raise TemplateError(f"template: :1: unexpected {{{{{end}}}}}")
+            test = _expression(otherwise[1]) if otherwise[1] else None
 
 
 def _split(text: str) -> list[str | tuple[str]]:
@@ -161,11 +167,14 @@ def _split(text: str) -> list[str | tuple[str]]:
         if opened and not closed:
             raise TemplateError(f"template: :{line}: unclosed action")
         left, right = bool(re.match(r"-\s", inside)), bool(re.search(r"\s-$", inside))
-        before = before.lstrip() if trim else before
-        before = before.rstrip() if left else before
+        before = before.lstrip(BLANKS) if trim else before
+        before = before.rstrip(BLANKS) if left else before
         pieces += [before] if before else []
-        action = " ".join(inside[left : len(inside) - right].split())
-        if opened and not action.startswith("/*"):
+        action = inside[left : len(inside) - right].strip()
+        if action.startswith("/*"):
+            if not action.endswith("*/"):
+                raise TemplateError(f"template: :{line}: unclosed comment")
+        elif opened:
             pieces.append((action,))
         trim = right
     return pieces
@@ -180,7 +189,7 @@ def _expression(text: str) -> Any:
 
 
 def _pipeline(words: list[str]) -> Any:
-    if words and words[0] in ("eq", "ne", "and", "or", "not"):
+    if words and words[0] in LEAST:
         function, arguments = words.pop(0), []
         while words and words[0] != ")":
             arguments.append(_operand(words))
@@ -196,18 +205,28 @@ def _operand(words: list[str]) -> Any:
             raise TemplateError("template: :1: unclosed left paren")
         return value
     if word.startswith('"'):
-        return word[1:-1].encode().decode("unicode_escape")
+        return _text(word)
     field = re.fullmatch(r"(\$?)\.(\w+)", word)
     if not field:
         raise TemplateError(f'"{word}" is not supported ({SUPPORTED})')
     return _Field(field[2], bool(field[1]))
 
 
+def _text(literal: str) -> str:
+    try:
+        return str(json.loads(literal))  # its escapes are Go's, but for a few that no template needs
+    except ValueError as error:
+        raise TemplateError(f"{literal} is not supported as a string ({error})") from error
+
+
 def _fields(nodes: list[Any], known: set[str]) -> Iterator[str]:
     """The names of all fields. Raises TemplateError for one that is not there where it stands."""
     for node in nodes:
         if isinstance(node, _Show):
-            yield from _names(node.value, known)
+            shown = list(_names(node.value, known))
+            if "Messages" in shown:
+                raise TemplateError(f"to print .Messages is not supported ({SUPPORTED})")
+            yield from shown
         elif isinstance(node, _Range):
             yield from _names(node.over, known)
             yield from _fields(node.body, MESSAGE_FIELDS)
@@ -219,6 +238,9 @@ def _fields(nodes: list[Any], known: set[str]) -> Iterator[str]:
 
 def _names(expression: Any, known: set[str]) -> Iterator[str]:
     if isinstance(expression, _Call):
+        function, count = expression.function, len(expression.arguments)
+        if not LEAST[function] <= count <= MOST.get(function, count):
+            raise TemplateError(f"wrong number of args for {function}: {count}")
         for argument in expression.arguments:
             yield from _names(argument, known)
     elif isinstance(expression, _Field):
@@ -251,7 +273,8 @@ def _run(nodes: list[Any], dot: Message, root: Message) -> str:
         if isinstance(node, str):
             text += node
         elif isinstance(node, _Show):
-            text += str(_value(node.value, dot, root) or "")
+            value = _value(node.value, dot, root)
+            text += str(value).lower() if isinstance(value, bool) else value
         elif isinstance(node, _Range):
             text += "".join(_run(node.body, message, root) for message in root["Messages"])
         else:

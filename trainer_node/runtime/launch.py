@@ -7,14 +7,18 @@ A `runtime.json` is believed only if its process is the one that wrote it and it
 import importlib.util
 import json
 import os
+import socket
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from config.errors import ConfigError, MissingExtra, ProviderUnavailable, StoreHeld
@@ -76,8 +80,18 @@ def ollama_url() -> str:
         port = parts.port or ({"http": 80, "https": 443}.get(parts.scheme, 11434) if "://" in text else 11434)
     except ValueError as error:
         raise ConfigError(f"OLLAMA_HOST={text}: {error}", hint="write host:port, such as 127.0.0.1:11434") from error
-    host = "127.0.0.1" if host == "0.0.0.0" else host  # what a server listens on is no address to call
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # what a server listens on is no address to call
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
+
+
+def is_of_this_machine(url: str) -> bool:
+    """Whether the server at `url` runs here: at a loopback address, or at one that this machine has."""
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(urlsplit(url).hostname, None)}
+    except OSError:  # a name that leads nowhere
+        return False
+    own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    return any(ip_address(address).is_loopback or address in own for address in found)
 
 
 def probe(url: str) -> str:
@@ -93,11 +107,11 @@ def find_runtime(root: Path) -> RuntimeInfo | None:
     """The embedded runtime that serves `root` now."""
     try:
         info: dict[str, Any] = json.loads((root / "runtime" / "runtime.json").read_bytes())
-        writer = ProcessId(int(info["pid"]), float(info["create_time"]), str(info["boot_id"]))
+        writer, url = ProcessId(int(info["pid"]), float(info["create_time"]), str(info["boot_id"])), str(info["url"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    version = probe(str(info["url"])) if alive(writer) else ""
-    return RuntimeInfo(str(info["url"]), embedded=True, version=version, started=False) if version else None
+    version = probe(url) if alive(writer) else ""
+    return RuntimeInfo(url, embedded=True, version=version, started=False) if version else None
 
 
 def require_runtime() -> None:
@@ -120,15 +134,22 @@ def _start(root: Path) -> RuntimeInfo:
     folder = root / "runtime"
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "runtime.log"
-    process = start_detached(launch_argv(root.resolve()), cwd=folder, log=log_file)
-    threading.Thread(target=process.wait, name="reap the runtime", daemon=True).start()  # it may end before this process does
+
+    def launched() -> "subprocess.Popen[bytes]":
+        process = start_detached(launch_argv(root.resolve()), cwd=folder, log=log_file)
+        threading.Thread(target=process.wait, name="reap the runtime", daemon=True).start()  # it may end before this process does
+        return process
+
+    process = launched()
 
     def look() -> RuntimeInfo | None:
-        # Ended because another one holds the root: that one is about to answer.
-        ended = process.poll()
+        nonlocal process
+        ended, found = process.poll(), find_runtime(root)
         if ended not in (None, StoreHeld.exit_code):
             raise _failed(f"ended with code {ended}", log_file)
-        return find_runtime(root)
+        if ended is not None and found is None:  # another one holds the root: it is about to answer, or on its way out
+            process = launched()
+        return found
 
     wait = Retrying(
         retry=retry_if_result(lambda found: found is None),

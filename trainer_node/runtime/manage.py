@@ -8,14 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aiohttp import web
 
 from config.errors import HafsError, translate_os_errors
+from config.files import replace, sync_folder
 from trainer_node.runtime.create import check, check_sources, create
-from trainer_node.runtime.gguf_file import GgufFile, read_gguf
+from trainer_node.runtime.gguf_file import GgufFile, NotGguf, read_gguf
 from trainer_node.runtime.models import ApiError, Model, ModelName, Store
+from trainer_node.runtime.options import field
 from trainer_node.runtime.pool import Pool
 from trainer_node.runtime.requests import json_body, json_reply, line, stream_reply
 
@@ -40,7 +42,7 @@ class Manage:
                 "digest": entry.model.digest,
                 "details": _details(entry.model) | {"parent_model": ""},
                 "expires_at": _time(entry.expires),
-                "size_vram": entry.model.size if entry.engine.result().gpu else 0,
+                "size_vram": entry.model.size if entry.engine.done() and entry.engine.result().gpu else 0,
                 "context_length": entry.spec.num_ctx,
             }
             for entry in self._pool.loaded()
@@ -49,27 +51,33 @@ class Manage:
 
     async def show(self, request: web.Request) -> web.Response:
         model = self._find(await json_body(request), full=True)
-        gguf = await asyncio.to_thread(read_gguf, model.weights) if model.weights else None
+        try:
+            gguf = await asyncio.to_thread(read_gguf, model.weights) if model.weights else None
+        except (OSError, NotGguf) as error:
+            raise ApiError(500, f"the weights of {model.name} cannot be read: {error}") from error
         return json_reply(_shown(model, gguf))
 
     async def copy(self, request: web.Request) -> web.Response:
         body = await json_body(request)
-        source, destination = str(body.get("source") or ""), str(body.get("destination") or "")
+        source, destination = field(body, "source", str), field(body, "destination", str)
         try:
             name = ModelName.parse(destination)
         except ApiError as error:
             raise ApiError(400, f'destination "{destination}" is invalid') from error
-        model = self._store.find(source)
-        if model is None:
-            raise ApiError(404, f'model "{source}" not found')
         async with self._changing:
+            model = self._store.find(source)
+            if model is None:
+                raise ApiError(404, f'model "{source}" not found')
             self._store.copy(model, name)
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
+        """What is loaded under the name goes with it: nobody could ask for its unloading any more."""
         body = await json_body(request)
         async with self._changing:
-            self._store.delete(self._find(body))
+            model = self._find(body)
+            await self._pool.unload(model.name)
+            self._store.delete(model)
         return web.Response()
 
     async def create(self, request: web.Request) -> web.StreamResponse:
@@ -114,9 +122,10 @@ class Manage:
                 async for chunk in request.content.iter_chunked(2**20):
                     seen.update(chunk)
                     file.write(chunk)
-                await asyncio.to_thread(_sync, file.fileno())
+                await asyncio.to_thread(_sync, file)
             got = f"sha256:{seen.hexdigest()}"
-            os.replace(temp, self._store.blob(got))
+            with translate_os_errors(path):
+                await asyncio.to_thread(_keep, Path(temp), self._store.blob(got))
         finally:
             _discard(Path(temp))
         if got != digest:
@@ -124,7 +133,7 @@ class Manage:
         return web.Response(status=201)
 
     def _find(self, body: dict[str, Any], *, full: bool = False) -> Model:
-        name = str(body.get("model") or body.get("name") or "")
+        name = field(body, "model", str) or field(body, "name", str)
         if not name:
             raise ApiError(400, "model is required")
         model = self._store.find(name)
@@ -147,8 +156,16 @@ def _discard(temp: Path) -> None:
     temp.unlink(missing_ok=True)
 
 
-def _sync(handle: int) -> None:
-    os.fsync(handle)
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _keep(temp: Path, blob: Path) -> None:
+    """Under its name, for good: a manifest that lists it outlives a power cut."""
+    if not blob.exists():  # as it may be since this upload began; then a loaded model may have it open
+        replace(temp, blob)
+    sync_folder(blob.parent)
 
 
 def _time(moment: datetime) -> str:

@@ -4,21 +4,25 @@
     manifests/<host>/<namespace>/<model>/<tag>
 
 A name exists once its manifest is written, whole. A blob that no manifest lists is an upload whose create has not come yet: it is
-only pruned at the next start.
+only pruned at the next start. While a manifest cannot be read, the others are served and no blob is removed: it may list any.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from config.errors import StoreCorrupt
 from config.files import write_atomic
 
+log = logging.getLogger("hafs")
 MEDIA = "application/vnd.ollama.image."
 DEFAULT_HOST, DEFAULT_NAMESPACE, DEFAULT_TAG = "registry.ollama.ai", "library", "latest"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
@@ -155,12 +159,17 @@ class Store:
         return Layer(kind, digest, len(data)), there
 
     def models(self) -> list[Model]:
-        """Every model, the last changed first."""
-        found = [self._read(path) for path in self._manifest_files()]
+        """Every model that can be read, the last changed first."""
+        found: list[Model] = []
+        for path in self._manifest_files():
+            try:
+                found.append(self._read(path))
+            except StoreCorrupt as error:
+                log.warning("%s; %s", error, error.hint)
         return sorted(found, key=lambda model: model.modified, reverse=True)
 
     def find(self, text: str) -> Model | None:
-        """The model of that name, letter case aside; None if there is none or the text is no name."""
+        """The model of that name, letter case aside; None if there is none or the text is no name. Raises StoreCorrupt."""
         try:
             wanted = ModelName.parse(text)
         except ApiError:
@@ -186,18 +195,19 @@ class Store:
         manifest = self._manifest(model.name)
         owned = {entry["digest"] for entry in _entries(manifest)}
         manifest.unlink()
-        self._discard(self.blob(digest) for digest in owned - self._used())
+        self._discard_unused(self.blob(digest) for digest in owned)
 
     def prune(self) -> None:
         """Remove every blob that no manifest lists, and what is left of broken uploads. Only while nothing is being made."""
-        used = {self.blob(digest) for digest in self._used()}
-        self._discard(path for path in self.blobs.iterdir() if path not in used)
+        self._discard_unused(self.blobs.iterdir())
 
-    def _used(self) -> set[str]:
-        return {str(entry["digest"]) for path in self._manifest_files() for entry in _entries(path)}
-
-    def _discard(self, paths: Iterable[Path]) -> None:
-        for path in paths:
+    def _discard_unused(self, paths: Iterable[Path]) -> None:
+        try:
+            used = {self.blob(entry["digest"]) for path in self._manifest_files() for entry in _entries(path)}
+        except StoreCorrupt as error:
+            log.warning("%s; until then nothing is removed from %s", error, self.blobs)
+            return
+        for path in set(paths) - used:
             try:
                 path.unlink(missing_ok=True)
             except PermissionError:
@@ -219,16 +229,17 @@ class Store:
         write_atomic(path, data)
 
     def _read(self, path: Path) -> Model:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        config = json.loads(self.blob(manifest["config"]["digest"]).read_bytes())
-        layers = tuple(
-            Layer(entry["mediaType"].removeprefix(MEDIA), entry["digest"], entry["size"], entry.get("from", ""))
-            for entry in manifest["layers"]
-        )
-        size = sum(layer.size for layer in layers) + int(manifest["config"]["size"])
-        modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
-        return Model(_name_of(path), hashlib.sha256(data).hexdigest(), modified, size, config, layers, self)
+        with _readable(path):
+            data = path.read_bytes()
+            manifest = json.loads(data)
+            config = dict(json.loads(self.blob(manifest["config"]["digest"]).read_bytes()))
+            layers = tuple(
+                Layer(entry["mediaType"].removeprefix(MEDIA), entry["digest"], entry["size"], entry.get("from", ""))
+                for entry in manifest["layers"]
+            )
+            size = sum(layer.size for layer in layers) + int(manifest["config"]["size"])
+            modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
+            return Model(_name_of(path), hashlib.sha256(data).hexdigest(), modified, size, config, layers, self)
 
 
 def _name_of(path: Path) -> ModelName:
@@ -236,5 +247,18 @@ def _name_of(path: Path) -> ModelName:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    manifest = json.loads(path.read_bytes())
-    return [manifest["config"], *manifest["layers"]]
+    """Every layer that the manifest lists, with a digest. Raises StoreCorrupt."""
+    with _readable(path):
+        manifest = json.loads(path.read_bytes())
+        entries = [manifest["config"], *manifest["layers"]]
+        if not all(DIGEST.fullmatch(entry["digest"]) for entry in entries):
+            raise ValueError("a layer without a digest")
+        return entries
+
+
+@contextmanager
+def _readable(manifest: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ApiError) as error:
+        raise StoreCorrupt(f"{manifest} cannot be read ({error})", hint="remove that file and create the model again") from error

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from trainer_node.runtime.answers import Answers
 from trainer_node.runtime.models import ApiError, Model, Store
+from trainer_node.runtime.options import field
 from trainer_node.runtime.requests import json_body, json_reply, openai_error, stream_reply
 
 JSON = "application/json"
@@ -45,7 +46,7 @@ class OpenAi:
         async with aclosing(self._answers.chunks(order)) as chunks:
             first = await anext(chunks)  # errors up to here have their own status
             if body.get("stream"):
-                usage = bool((body.get("stream_options") or {}).get("include_usage"))
+                usage = bool(field(body, "stream_options", dict).get("include_usage"))
                 return await _streamed(request, first, chunks, head, usage)
             every = [first, *[chunk async for chunk in chunks]]
         message = {"role": "assistant", "content": "".join(chunk["message"]["content"] for chunk in every)}
@@ -80,11 +81,9 @@ def _message(entry: Any) -> dict[str, Any]:
 
 
 def _format(body: dict[str, Any]) -> Any:
-    asked = body.get("response_format") or {}
-    if not isinstance(asked, dict):
-        raise ApiError(400, "invalid response_format: an object is expected")
+    asked = field(body, "response_format", dict)
     if asked.get("type") == "json_schema":
-        return (asked.get("json_schema") or {}).get("schema")
+        return field(asked, "json_schema", dict).get("schema")
     return "json" if asked.get("type") == "json_object" else None
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer_node.runtime.models import ApiError
 
@@ -29,7 +29,22 @@ DEFAULTS: dict[str, Any] = {
     "seed": -1,
     "stop": [],
 }
+MAX_DURATION_S = (2**63 - 1) / 1e9  # of Go's durations; one that is longer is for ever
+MAX_TOP_LOGPROBS = 20
+JSON_NAMES = {str: "string", bool: "bool", int: "number", float: "number", list: "array", dict: "object"}
+T = TypeVar("T", str, list[Any], dict[str, Any])
 UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    """What a request says under `name`, an empty one where it says nothing. Raises ApiError (400) for another kind of value."""
+    value = body.get(name)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        wrong, right = JSON_NAMES[type(value)], JSON_NAMES.get(kind, "object")
+        raise ApiError(400, f"json: cannot unmarshal {wrong} into field {name} of type {right}")
+    return value
 
 
 def merged_options(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +60,7 @@ def merged_options(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # 1e999 is infinite
     if name in INTEGERS:
         if not number:
             raise ApiError(500, f'option "{name}" must be of type integer')
@@ -72,7 +87,7 @@ def keep_alive_s(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ApiError(400, f"json: cannot unmarshal {json.dumps(value)} into a duration")
     seconds = _duration_s(value) if isinstance(value, str) else float(value)
-    return FOREVER_S if seconds < 0 else seconds
+    return seconds if 0 <= seconds < MAX_DURATION_S else FOREVER_S
 
 
 def _duration_s(text: str) -> float:
@@ -84,6 +99,14 @@ def _duration_s(text: str) -> float:
         known = "missing unit in" if re.fullmatch(r"\d+\.?\d*", body) else "invalid"
         raise ApiError(400, f'time: {known} duration "{text}"')
     return sign * sum(float(number) * UNITS_S[unit] for number, unit in parts)
+
+
+def top_logprobs(body: dict[str, Any]) -> int:
+    """How many alternatives of a token are told. Raises ApiError (400)."""
+    value = body.get("top_logprobs") or 0
+    if not isinstance(value, int) or not 0 <= value <= MAX_TOP_LOGPROBS:
+        raise ApiError(400, f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
+    return value
 
 
 def schema_of(format_: Any) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 There is one engine per weights file: another adapter or context on the same weights replaces it, as in Ollama.
 An engine is only replaced, evicted or expired while nobody uses it. Requests are admitted first come, first served; one that
-would wait behind `max_queue` others is refused at once.
+would wait behind `max_queue` others is refused at once. Models are loaded one after the other, since the memory that one finds
+free is taken only once it is loaded; what is to make room takes no more requests, so that no stream of them keeps a model out.
 """
 
 import asyncio
@@ -11,13 +12,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from trainer_node.runtime.engine import Engine, EngineSpec, NoRoom
 from trainer_node.runtime.memory import needed_bytes
-from trainer_node.runtime.models import ApiError, Model
+from trainer_node.runtime.models import ApiError, Model, ModelName
 from trainer_node.runtime.options import FOREVER_S
 
-FOREVER = timedelta(days=365 * 292)  # the longest duration of Go: what Ollama reports for "never"
+FOREVER = timedelta(microseconds=(2**63 - 1) // 1000)  # the longest duration of Go: what Ollama reports for "never"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Loaded:
     slots: asyncio.Semaphore
     users: int = 0
     unwanted: bool = False  # an unload was asked for while it was in use
+    leaving: bool = False  # another model waits for its memory
     closing: asyncio.Task[None] | None = None
     expires: datetime = field(default_factory=lambda: datetime.now(UTC))
     timer: asyncio.TimerHandle | None = None
@@ -61,12 +64,13 @@ class Pool:
         self.limits = limits
         self._loaded: dict[str, Loaded] = {}  # by weights; the least recently used first
         self._door = asyncio.Lock()
+        self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
         self._waiting = 0
 
     def loaded(self) -> list[Loaded]:
-        """What is loaded or still in use, the last used first."""
-        return [entry for entry in reversed(self._loaded.values()) if entry.engine.done() and not _failed(entry)]
+        """What is loaded, still in use or being loaded, the last used first."""
+        return [entry for entry in reversed(self._loaded.values()) if not _failed(entry)]
 
     @asynccontextmanager
     async def use(self, model: Model, spec: EngineSpec, keep_alive_s: float) -> AsyncIterator[Engine]:
@@ -83,6 +87,7 @@ class Pool:
         try:
             async with self._door:
                 entry = await self._reserve(model, spec)
+                entry.expires = _expiry(keep_alive_s)
             await entry.slots.acquire()
             admitted = True
             self._waiting -= 1
@@ -93,14 +98,17 @@ class Pool:
             if entry:
                 self._leave(entry, keep_alive_s, slot=admitted)
 
-    async def unload(self, model: Model) -> None:
-        """Free the model now, or as soon as nobody uses it; waits only where it is idle."""
-        entry = self._loaded.get(str(model.weights))
-        if entry is None:
-            return
-        entry.unwanted = True
-        if not entry.users:
-            await asyncio.shield(self._close(entry))
+    async def unload(self, name: ModelName, weights: Path | None = None) -> None:
+        """Free what is loaded under a name or of these weights now, or as soon as nobody uses it; waits only where it is idle.
+
+        Both, because a name may have been made anew, or moved, since its model was loaded.
+        """
+        entries = [entry for entry in self._loaded.values() if entry.model.name == name or entry.spec.weights == str(weights)]
+        for entry in entries:
+            entry.unwanted = True
+        idle = [self._close(entry) for entry in entries if not entry.users]
+        if idle:
+            await asyncio.wait(idle)
 
     async def close(self) -> None:
         closing = [self._close(entry) for entry in self._loaded.values()]
@@ -111,7 +119,7 @@ class Pool:
         """The entry for `spec`, made if there is none; waits until what is in its way is unused."""
         while True:
             entry = self._loaded.get(spec.weights)
-            if entry and entry.spec == spec and not entry.closing and not _failed(entry):
+            if entry and entry.spec == spec and not (entry.closing or entry.leaving or _failed(entry)):
                 break
             if not entry and len(self._loaded) < self.limits.max_loaded:
                 entry = Loaded(model, spec, asyncio.create_task(self._load(spec)), asyncio.Semaphore(spec.parallel))
@@ -134,24 +142,35 @@ class Pool:
     async def _load(self, spec: EngineSpec) -> Engine:
         """Start an engine; others leave for it, the least recently used first, once nobody uses them. Raises ApiError."""
         needed = await asyncio.to_thread(needed_bytes, spec)
-        while True:
-            try:
-                return await Engine.start(spec, needed)
-            except NoRoom:
-                others = list(reversed(self.loaded()))  # without this one, and others that wait for room themselves
-                if not others:
-                    raise
-            if idle := [entry for entry in others if not entry.users]:
-                await asyncio.shield(self._close(idle[0]))
-            else:
+        async with self._loading:
+            while True:
+                others = [entry for entry in reversed(self.loaded()) if entry.engine.done()]
+                mapped = sum(entry.engine.result().mapped_bytes for entry in others)
+                try:
+                    return await Engine.start(spec, needed + mapped)
+                except NoRoom:
+                    if not others:
+                        raise
+                await self._end_one(others)
+
+    async def _end_one(self, others: list[Loaded]) -> None:
+        """End an idle one; where there is none, the first that is idle, and the first of the list takes no more requests."""
+        others[0].leaving = True
+        try:
+            while not (idle := [entry for entry in others if not entry.users]):
                 self._changed.clear()
                 await self._changed.wait()
+            closing = self._close(idle[0])
+        finally:
+            others[0].leaving = False
+            self._changed.set()
+        await asyncio.shield(closing)
 
     def _leave(self, entry: Loaded, keep_alive_s: float, *, slot: bool) -> None:
         entry.users -= 1
         if slot:
             entry.slots.release()
-        entry.expires = datetime.now(UTC) + (FOREVER if keep_alive_s == FOREVER_S else timedelta(seconds=keep_alive_s))
+        entry.expires = _expiry(keep_alive_s)
         if not entry.users and (entry.unwanted or keep_alive_s == 0.0 or _failed(entry)):
             self._close(entry)
         elif not entry.users and keep_alive_s != FOREVER_S:
@@ -179,6 +198,10 @@ class Pool:
         if self._loaded.get(entry.spec.weights) is entry:
             del self._loaded[entry.spec.weights]
         self._changed.set()
+
+
+def _expiry(keep_alive_s: float) -> datetime:
+    return datetime.now(UTC) + (FOREVER if keep_alive_s == FOREVER_S else timedelta(seconds=keep_alive_s))
 
 
 def _failed(entry: Loaded) -> bool:

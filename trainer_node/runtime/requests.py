@@ -5,6 +5,7 @@ Only this machine is served: a Host that is not loopback (DNS rebinding) or a fo
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ JSON_TYPE = "application/json; charset=utf-8"
 MAX_BODY_BYTES = 64 * 2**20  # of JSON; blobs are streamed
 WHOLE_BYTES = 2048  # what Go's server holds back to learn the length
 OPENAI_PREFIX = "/v1/"
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a character
 
 
 async def json_body(request: web.Request) -> dict[str, Any]:
@@ -27,7 +29,9 @@ async def json_body(request: web.Request) -> dict[str, Any]:
     if not data:
         raise ApiError(400, "missing request body")
     try:
-        body = json.loads(data)
+        body = _parsed(data.decode(errors="replace"))
+    except RecursionError as error:
+        raise ApiError(400, "exceeded max depth") from error
     except ValueError as error:
         raise ApiError(400, _json_mistake(error)) from error
     if not isinstance(body, dict):
@@ -35,8 +39,23 @@ async def json_body(request: web.Request) -> dict[str, Any]:
     return body
 
 
+def _parsed(text: str) -> Any:
+    """Without halves of characters, as Go reads it: JavaScript sends them where it cuts a text, and nothing can encode them."""
+    body = json.loads(text, parse_constant=_no_number)
+    if not HALF.search(text):
+        return body
+    return json.loads(json.dumps(body, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def _no_number(name: str) -> float:
+    """NaN and Infinity, which Python takes."""
+    raise ApiError(400, f"invalid character '{name[0]}' looking for beginning of value")
+
+
 def _json_mistake(error: ValueError) -> str:
-    if not isinstance(error, json.JSONDecodeError) or error.pos >= len(error.doc):
+    if not isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON: {error}"
+    if error.pos >= len(error.doc):
         return "unexpected EOF"
     where = "object key string" if "property name" in error.msg else "value"
     return f"invalid character '{error.doc[error.pos]}' looking for beginning of {where}"
@@ -73,9 +92,14 @@ def line(value: dict[str, Any]) -> bytes:
 
 
 def is_local(host: str) -> bool:
-    """Whether a Host header or the network location of an Origin names this machine."""
+    """Whether a Host header names this machine."""
+    return is_local_origin(f"//{host}")
+
+
+def is_local_origin(origin: str) -> bool:
+    """Whether an Origin header names this machine; "null", which any page can send, names none."""
     try:
-        return (urlsplit(f"//{host}").hostname or "") in LOOPBACK
+        return (urlsplit(origin).hostname or "") in LOOPBACK
     except ValueError:
         return False
 
@@ -86,7 +110,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     origin = request.headers.get("Origin")
-    if not is_local(request.headers.get("Host", "")) or (origin is not None and not is_local(urlsplit(origin).netloc)):
+    if not is_local(request.headers.get("Host", "")) or (origin is not None and not is_local_origin(origin)):
         return web.Response(status=403)
     return await handler(request)
 
@@ -99,7 +123,9 @@ async def translate(request: web.Request, handler: Handler) -> web.StreamRespons
     except ApiError as error:
         return error_reply(request, error.status, str(error))
     except HafsError as error:  # a full disk
-        return error_reply(request, 500, str(error))
+        return error_reply(request, 500, "; ".join(filter(None, (str(error), error.hint))))
+    except web.HTTPRequestEntityTooLarge:
+        return error_reply(request, 413, f"the request body is larger than {MAX_BODY_BYTES // 2**20} MiB")
     except web.HTTPNotFound:
         return _plain(404, "404 page not found")
     except web.HTTPMethodNotAllowed as error:

@@ -5,6 +5,7 @@ One JSON line in, one JSON line out, then it serves until standard input ends. I
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ PROMPT_CACHE_MIB = 1024  # prompts of earlier requests, kept in memory beside th
 
 def main() -> None:
     """The child: one JSON line in, one JSON line out, then serve until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole terminal; the parent ends this process
     request = json.loads(sys.stdin.readline())
     answer: dict[str, Any]
     try:

@@ -6,6 +6,7 @@ It listens on 127.0.0.1 only. One runs per root, held by a lock that the operati
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from config.errors import StoreHeld
+from config.errors import ConfigError, StoreHeld
 from config.files import write_atomic
 from config.locks import FileLock
 from trainer_node.processes import identify_self
@@ -34,6 +35,7 @@ def serve(root: Path, port: int = 0, idle_exit_s: float | None = None) -> None:
 
     Raises:
         MissingExtra: llama.cpp (xllamacpp) is not installed.
+        ConfigError: the port is taken.
         StoreHeld: another runtime serves this root.
     """
     require_runtime()
@@ -63,8 +65,7 @@ async def _serve(folder: Path, port: int, idle_exit_s: float | None) -> None:
     await runner.setup()
     info = folder / "runtime.json"
     try:
-        site = web.TCPSite(runner, "127.0.0.1", port)
-        await site.start()
+        await _listen(runner, port)
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         write_atomic(info, json.dumps({"url": url, **asdict(identify_self())}).encode())
         await stop.wait()
@@ -72,6 +73,16 @@ async def _serve(folder: Path, port: int, idle_exit_s: float | None) -> None:
         info.unlink(missing_ok=True)
         await runner.cleanup()
         await pool.close()
+
+
+async def _listen(runner: web.AppRunner, port: int) -> None:
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on 127.0.0.1:{port}: {os.strerror(error.errno or 0)}",
+            hint="end what listens there, or choose another --port (0: any free one)",
+        ) from error
 
 
 def application(store: Store, pool: Pool, idle: "IdleTimer") -> web.Application:

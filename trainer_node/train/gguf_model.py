@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gguf import Keys
 
 from config.errors import JobFailed
 from trainer_node.export.architectures import Architecture, architecture_of, unchanged
+from trainer_node.export.rope import YARN_BETAS, rope_of
 from trainer_node.export.weights import Tensor, tensors_of
 from trainer_node.runtime.gguf_file import read_gguf
 
@@ -22,38 +24,87 @@ HEAD_DIM_FREE = ("llama", "qwen3", "gemma2", "gemma3")  # heads x head_dim need 
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # with so many layers attention is scaled by width / heads
 GEMMA2_CAPS = (50.0, 30.0)  # llama.cpp's, where a header has none
 WINDOW = 4096
+DIVISORS = "rope_freqs.weight"  # Llama 3's scaled positions, one divisor a frequency
+LLAMA3_BOUNDS = (1.0, 4.0)  # its low_freq_factor and high_freq_factor; no other was published
 WAY_OUT = "take the same model as a Hugging Face folder (hf:OWNER/REPO), or another base"
 
 
-def load_gguf(path: Path, attention: str) -> Any:
-    """The model in float32 on the CPU, trainable.
+def load_gguf(path: Path, attention: str, dtype: str = "float32") -> Any:
+    """The model on the CPU, trainable. What it takes of memory is its weights, once.
 
     Args:
         attention: transformers' `attn_implementation`.
+        dtype: of the weights, as torch names it. Positions are float32 all the same.
 
     Raises:
         JobFailed: an architecture, a key or a tensor that transformers cannot compute.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
 
     architecture = architecture_of(path)
     tensors = tensors_of(path, architecture.names)
-    settings = settings_of(path, architecture, tensors)
-    config = CONFIG_MAPPING[MODEL_TYPES.get(architecture.name, architecture.name)](**settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    state = {name: torch.from_numpy(_values(architecture, name, tensor)) for name, tensor in tensors.items() if _is_weight(name)}
+    config = _config(architecture, settings_of(path, architecture, tensors))
+    with init_empty_weights(include_buffers=False):  # else as much again is drawn at random, to be thrown away
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    state = {
+        name: torch.from_numpy(_values(architecture, name, tensor)).to(getattr(torch, dtype))
+        for name, tensor in tensors.items()
+        if _is_weight(name)
+    }
     left = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name in left.missing_keys if not (architecture.tied and name == "lm_head.weight")]
     if missing or left.unexpected_keys:
         odd = ", ".join([*missing, *left.unexpected_keys][:4])
         raise JobFailed(f"{path}: its tensors are not those of a {architecture.name} in transformers: {odd}", hint=WAY_OUT)
-    if "rope_freqs.weight" in tensors:  # Llama 3's scaled positions, one divisor a frequency
+    if DIVISORS in tensors:
         rotary = model.model.rotary_emb
-        rotary.inv_freq /= torch.from_numpy(tensors["rope_freqs.weight"].rows())
+        rotary.inv_freq /= torch.from_numpy(tensors[DIVISORS].rows())
         rotary.original_inv_freq = rotary.inv_freq.clone()
     return model
+
+
+def config_of(path: Path) -> Any:
+    """The config of transformers that alone says what the GGUF computes. Raises JobFailed where none can."""
+    architecture = architecture_of(path)
+    tensors = tensors_of(path, architecture.names)
+    settings = settings_of(path, architecture, tensors)
+    if DIVISORS in tensors:
+        rope = settings["rope_parameters"]
+        found = _llama3(tensors[DIVISORS].rows(), rope["rope_theta"], settings["max_position_embeddings"])
+        if found is None or rope["rope_type"] != "default":
+            raise JobFailed(f"{path}: a config of transformers has no words for its scaled positions", hint=WAY_OUT)
+        settings["rope_parameters"] = found
+    return _config(architecture, settings)
+
+
+def _config(architecture: Architecture, settings: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[MODEL_TYPES.get(architecture.name, architecture.name)](**settings)
+
+
+def _llama3(divisors: npt.NDArray[np.float32], theta: float, context: int) -> dict[str, Any] | None:
+    """The `rope_parameters` from which `rope_of` makes these divisors, with the usual bounds; None: other ones made them."""
+    factor = float(divisors.max())
+    waves = 2 * math.pi * theta ** (np.arange(len(divisors)) / len(divisors))  # in tokens
+    blended = (divisors > 1) & (divisors < factor)
+    if not blended.any():
+        return None
+    low, high = LLAMA3_BOUNDS
+    shares = (1 / divisors[blended].astype(np.float64) - 1 / factor) / (1 - 1 / factor)  # of the frequency as it was
+    found = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": round(float(np.median(waves[blended] * (low + shares * (high - low))))),
+    }
+    _, made = rope_of(found, context, 2 * len(divisors), ("llama3",))
+    return found if np.allclose(made[DIVISORS], divisors, rtol=1e-5) else None
 
 
 def settings_of(path: Path, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -136,14 +187,16 @@ def _scaling(path: Path, architecture: Architecture, keys: Mapping[str, Any], te
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
+    betas = {"beta_fast": keys[Keys.Rope.SCALING_YARN_BETA_FAST], "beta_slow": keys[Keys.Rope.SCALING_YARN_BETA_SLOW]}
+    if kind == "yarn" and any(betas[name] not in (None, value) for name, value in YARN_BETAS.items()):
+        raise JobFailed(f"{path}: YaRN with {betas}, which llama.cpp does not read for a {architecture.name}", hint=WAY_OUT)
     if kind == "yarn" and original and not keys[Keys.Rope.SCALING_YARN_LOG_MUL]:
         return {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": int(original),
             "attention_factor": attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
-            "beta_fast": float(keys[Keys.Rope.SCALING_YARN_BETA_FAST] or 32),
-            "beta_slow": float(keys[Keys.Rope.SCALING_YARN_BETA_SLOW] or 1),
+            **YARN_BETAS,
         }
     raise JobFailed(f"{path}: positions scaled by {kind!r} are not known here for a {architecture.name}", hint=WAY_OUT)
 

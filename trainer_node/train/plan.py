@@ -78,6 +78,15 @@ def make_plan(spec: JobSpec, base: BaseModel, data: Prepared, rank: int, device:
     )
 
 
+def require_context(plan: Plan, base: BaseModel) -> None:
+    """Raises JobFailed where a row is longer than what the base was made for."""
+    if plan.longest_row > base.context:
+        raise JobFailed(
+            f"the longest row has {plan.longest_row} tokens, {base.name} reads {base.context}",
+            hint=f"submit with train.max_length = {base.context} or less: longer rows are left out",
+        )
+
+
 def require_room(plan: Plan) -> None:
     """Raises DiskFull or JobFailed where the estimate is above what is free; on a GPU above what there is: it comes free."""
     if plan.disk_mb > plan.disk_free_mb:
@@ -112,9 +121,8 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _memory_mb(spec: JobSpec, base: BaseModel, trainable: int, longest: int, device: Device) -> float:
-    """Peak: loading (the file's weights in float32 twice, on a CPU) or training (weights, optimizer, one batch)."""
-    loading = 2 * 4 * base.parameters if device.kind != "cuda" else device.weight_bytes * base.parameters
+    """Peak: weights, optimizer, one batch."""
     sequences = spec.train.batch * (2 if spec.kind == "dpo" else 1)
     a_token = base.layers * (16 * base.hidden + 4 * base.feed_forward) * 4 + 3 * 4 * base.vocabulary
     training = device.weight_bytes * base.parameters + OPTIMIZER_BYTES * trainable + sequences * longest * a_token
-    return PROCESS_MB + max(loading, training) / 2**20
+    return PROCESS_MB + training / 2**20

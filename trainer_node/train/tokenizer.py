@@ -10,7 +10,9 @@ from typing import Any
 from config.errors import JobFailed
 from trainer_node.export import pre_tokenizers
 from trainer_node.export.vocabulary import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pair, Vocabulary
-from trainer_node.special_text import specials_of, stripping_of
+from trainer_node.special_text import SHORTEST, specials_of, stripping_of
+
+LEAD = "\U000ff5e8"  # a character that no piece holds: of private use, so four bytes to every vocabulary
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,10 @@ class Rules:
     """What `train/encode.py` has to know beside the tokenizer itself, which carries it as `rules`."""
 
     special: dict[str, int]  # control tokens: text and id
+    texts: frozenset[str]  # the same, to look for
     stripping: frozenset[str]  # those that take the white space after them
     bos: str  # what every prompt begins with; "": nothing
+    eos: str  # what a template is told is the end token; the tokenizer's own ends a turn
     prefixes_space: bool
 
 
@@ -30,13 +34,17 @@ def build_tokenizer(vocabulary: Vocabulary, name: str) -> Any:
         name: of the model, as its GGUF is called.
 
     Raises:
-        JobFailed: a pre-tokenizer that is not known here, no chat template or no end token.
+        JobFailed: a pre-tokenizer that is not known here, no chat template, no end token or one that ends every prompt, or a
+            control token that ordinary text is merged into.
     """
     from transformers import PreTrainedTokenizerFast
 
     roles = {role: vocabulary.tokens[id_] for role, id_ in vocabulary.roles.items()}
     if not vocabulary.template or "eos" not in roles:
         raise JobFailed("the base has no chat template or no end token", hint="take an instruct model as base")
+    if vocabulary.add_eos:
+        told = "a server would put the end token behind every prompt of this base (tokenizer.ggml.add_eos_token)"
+        raise JobFailed(told, hint="take another GGUF of the same model, or the model as a Hugging Face folder")
     special = specials_of(vocabulary.tokens, vocabulary.types)
     end = roles.get("eot", roles["eos"])
     if roles.get("pad", end) == end:
@@ -51,11 +59,30 @@ def build_tokenizer(vocabulary: Vocabulary, name: str) -> Any:
     ids = _ids(vocabulary)
     tokenizer.rules = Rules(
         special={token: ids[token] for token in special},
+        texts=frozenset(special),
         stripping=stripping_of(name, special),
         bos=roles["bos"] if vocabulary.add_bos and "bos" in roles else "",
+        eos=roles["eos"],
         prefixes_space=vocabulary.add_space_prefix,
     )
+    _require_unforgeable(tokenizer, spm=vocabulary.kind == "llama")
     return tokenizer
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of what somebody wrote: no control tokens parsed, none added."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _require_unforgeable(tokenizer: Any, *, spm: bool) -> None:
+    """Of SentencePiece's pieces llama.cpp merges a pair into any token of that text, into a control token, too."""
+    lead = LEAD if spm else ""  # else a space would be merged with what follows
+    before = len(plain_ids(tokenizer, lead))
+    for text, id_ in tokenizer.rules.special.items():
+        ids = plain_ids(tokenizer, lead + text)[before:] if len(text) >= SHORTEST else []
+        if id_ in ids or (spm and len(ids) == 2):
+            told = f"ordinary text is merged into its control token {text!r}, so that anybody could write one"
+            raise JobFailed(told, hint="take another base: this one cannot be served safely")
 
 
 def _backend(vocabulary: Vocabulary) -> Any:

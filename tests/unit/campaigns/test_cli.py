@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 
 from campaigns.cli import main as cli
 from campaigns.cli import render
-from config.errors import HafsError, all_errors
+from campaigns.serving import server_of
+from campaigns.sync.remote import Node
+from config.errors import ConfigError, HafsError, all_errors
+from tests.fakes.in_process_node import InProcessNode
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -104,3 +107,27 @@ def test_mistakes_of_a_person_each_have_a_place_and_a_way_out(tmp_path: Path) ->
     assert answer.returncode == 3
     assert 'no campaign "nothing"' in answer.stderr
     assert run("campaign", "start").returncode == 2
+
+
+@pytest.mark.parametrize("name", ["two words", "a:", "../up", "x" * 201])
+@pytest.mark.parametrize("command", ["show", "compare X", "promote", "rollback", "delete", "export", "prune --keep 1"])
+def test_what_is_no_model_s_name_is_an_error_of_two_lines(
+    command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [name if word == "X" else word for word in command.split()]
+    monkeypatch.setattr(sys, "argv", ["hafs", "models", *words, name])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    told = capsys.readouterr().err
+    assert caught.value.code == 3, told
+    assert told.startswith("error: ") and len(told.splitlines()) == 2 and repr(name[:100])[:-1] in told
+
+
+def test_a_name_that_no_model_server_can_have_is_said(tmp_path: Path) -> None:
+    node = Node("box", InProcessNode(tmp_path / "node").dial)
+    with (
+        pytest.raises(ConfigError, match="can have no model 'nul:1b': .*Windows does not keep") as caught,
+        server_of(node, model="nul:1b"),
+    ):
+        """It is not reached."""
+    assert "llama3.2:1b" in caught.value.hint

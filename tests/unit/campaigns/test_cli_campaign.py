@@ -113,6 +113,7 @@ def test_a_screen_that_was_resized_is_drawn_anew(monkeypatch: pytest.MonkeyPatch
     seen, cleared = as_told(files(), told([LANE])), []
     console = Console(width=80, force_terminal=True, file=io.StringIO())
     monkeypatch.setattr(render, "console", console)
+    monkeypatch.setattr(render, "on_screen", lambda: True)
     monkeypatch.setattr(console, "clear", lambda: cleared.append(console.width))
     with campaign_live._Screen() as screen:
         screen.show(seen)

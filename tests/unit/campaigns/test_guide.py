@@ -23,6 +23,7 @@ from campaigns.spec import (
 )
 from config import errors
 from config.errors import HafsError
+from config.standard_output import READER_LEFT
 
 GUIDE = Path("docs/guide.md").read_text()
 EXAMPLE = Path("config/presets/example-campaign.toml")
@@ -65,7 +66,7 @@ def test_the_guide_has_every_reason_why_a_lane_is_idle() -> None:
 def test_every_exit_code_can_be_looked_up() -> None:
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HafsError)}
     told = re.findall(r"^\| (\d+) \|", Path("docs/troubleshooting.md").read_text(), re.MULTILINE)
-    assert sorted(map(int, told)) == sorted({0, 2, *codes, errors.INTERRUPTED})
+    assert sorted(map(int, told)) == sorted({0, 2, *codes, errors.INTERRUPTED, READER_LEFT})
 
 
 @pytest.mark.parametrize("command", ["check", "simulate"])

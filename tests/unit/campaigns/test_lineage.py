@@ -13,9 +13,10 @@ from campaigns.cli import render, render_models
 from campaigns.datasets import seal_named
 from campaigns.lineage import Step, facts, lineage
 from campaigns.sync.remote import Node
+from campaigns.sync.segments import pack
 from config.contracts.job import JobSpec, Perplexity, TrainJob
 from config.contracts.manifest import DatasetManifest
-from config.errors import JobNotFound
+from config.errors import ConfigError, JobNotFound
 from config.settings import Settings, load_settings
 from tests.fakes.campaign_rows import append, store
 from tests.fakes.in_process_node import InProcessNode
@@ -109,6 +110,29 @@ def test_rows_that_the_laptop_lost_are_fetched_and_the_lost_campaign_is_named(se
     assert "campaign x is not on this machine" in step.missing[0]
 
 
+def test_a_campaign_that_is_broken_here_is_not_called_gone(settings: Settings, root: Path) -> None:
+    (settings.training / "x" / "campaign.json").write_text("{}")
+    (step, _) = traced(settings, root)
+    assert len(step.samples) == SAMPLES and step.campaigns == []
+    assert "campaign x is on this machine, but cannot be read" in step.missing[0]
+
+
+def test_rows_that_are_none_and_names_that_are_paths_are_told(settings: Settings, root: Path) -> None:
+    good = {"id": "a", "domain": "asm", "provenance": {"campaign": "../../x", "task_id": "a"}}
+    lines = [good, {"id": "b"}, {"id": "c", "provenance": {"campaign": ["x"], "task_id": 1}}]
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    sealed = pack(settings.segments, data, len(lines), 3)
+    manifest = DatasetManifest(name="y", campaigns=["y"], segments=[sealed.segment])
+    (root / "datasets" / f"{manifest.id}.json").write_text(manifest.model_dump_json())
+    (settings.home / "x").mkdir()
+    (settings.home / "x" / "pairs.jsonl").touch()
+    made(root, "three", manifest.id)
+    (step,) = traced(settings, root, "hafs-coder:v3")
+    assert [origin.id for origin in step.samples] == ["a", "b"]
+    assert "row 3 is none, so the rest was not read (provenance.campaign: " in step.missing[0]
+    assert any('campaign ../../x is not on this machine: "../../x" cannot name a campaign' in text for text in step.missing)
+
+
 def test_a_segment_that_was_damaged_here_is_not_believed(settings: Settings, root: Path) -> None:
     (path,) = settings.segments.glob("*.zst")
     path.write_bytes(b"other bytes")
@@ -133,6 +157,15 @@ def test_a_deleted_version_is_still_part_of_the_way(settings: Settings, root: Pa
     assert "was deleted on box" in steps[1].missing[0]
     with pytest.raises(JobNotFound):
         traced(settings, root, "hafs-coder:v1")
+
+
+@pytest.mark.parametrize("model", ["", "../../etc/passwd", "a\x1bb", "x" * 201])
+def test_what_can_be_no_name_is_refused(settings: Settings, root: Path, model: str) -> None:
+    with pytest.raises(ConfigError, match="names no model") as caught:
+        traced(settings, root, model)
+    assert "\x1b" not in str(caught.value)
+    with pytest.raises(JobNotFound, match="was made on this node"):
+        traced(settings, root, "llama3:8b")
 
 
 def test_a_start_that_nobody_knows_is_named(settings: Settings, root: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from campaigns import results as module
 from campaigns.results import Results, fetch, results_of
+from campaigns.sync.pull import ORIGIN
 from campaigns.sync.survey import NodeState, Seen
 from config.contracts.job import JobResult, JobState, JobView
 from config.contracts.wire import Artifact, ArtifactsResult, ModelVersion
@@ -29,6 +30,8 @@ VERSION = ModelVersion(tag="coder:v1", kind="sft", job=DONE.id, base="b", datase
 
 class Box:
     """A node with one version."""
+
+    name = "box"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -86,7 +89,8 @@ def test_files_and_folders_are_fetched_by_name(box: Box, home: Path) -> None:
     found = Results("box", box.listing())
     folder = fetch(settings, found, ["adapter.gguf", "report/"], lambda done, total: None)
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert folder == settings.models / "coder" / "v1" and there == ["adapter.gguf", "report/report.json", "report/report.md"]
+    assert folder == settings.models / "coder" / "v1"
+    assert there == [ORIGIN, "adapter.gguf", "report/report.json", "report/report.md"]
     with pytest.raises(JobNotFound, match='has no "repor"') as raised:
         fetch(settings, found, ["repor"], lambda done, total: None)
     assert "report/report.md" in raised.value.hint

@@ -54,7 +54,7 @@ def test_a_file_that_somebody_else_writes_is_left_as_it_is(file: RowFile, change
     file.append(LINE)
     changed = change(file.path.read_bytes())
     file.path.write_bytes(changed)
-    with pytest.raises(StoreError, match="was changed by somebody else"):
+    with pytest.raises(StoreError, match="was changed by somebody else while hafs was writing it"):
         file.append(LINE)
     assert file.path.read_bytes() == changed
 

@@ -1,13 +1,17 @@
 """What `hafs serve` refuses before it starts, and what it makes of a request."""
 
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
+import anyio
+import httpx
 import pytest
 
 from agents.task import Sampling
-from campaigns.serve import ServeOptions, on_this_machine, require_extra, require_key
-from campaigns.serve_api import status_of
+from campaigns import serve_api
+from campaigns.serve import ServeOptions, _bound, on_this_machine, require_extra, require_key
+from campaigns.serve_api import build, status_of
+from campaigns.serve_gateway import Gateway
 from campaigns.serve_wire import ChatRequest
 from config.errors import BadRequest, ConfigError, MissingExtra, all_errors
 
@@ -54,7 +58,10 @@ def test_a_request_becomes_settings() -> None:
     assert sampling(response_format={"type": "text"}).schema == ""
 
 
-@pytest.mark.parametrize("body", [{"n": 2}, {"tools": [{}]}, {"logprobs": True}, {"presence_penalty": 0.5}, {"functions": [{}]}])
+@pytest.mark.parametrize(
+    "body",
+    [{"n": 2}, {"tools": [{}]}, {"logprobs": True}, {"presence_penalty": 0.5}, {"functions": [{}]}, {"web_search_options": {}}],
+)
 def test_what_would_change_the_answer_is_refused_by_name(body: dict[str, Any]) -> None:
     with pytest.raises(BadRequest) as caught:
         sampling(**body)
@@ -67,5 +74,39 @@ def test_what_asks_for_nothing_is_taken() -> None:
     )
 
 
+def test_null_is_what_is_not_said() -> None:
+    assert sampling(temperature=None, top_p=None, max_tokens=None, stop=None, seed=None, n=None) == sampling()
+    assert not ChatRequest.model_validate({"messages": HI, "stream": None}).stream
+    assert sampling(temperature=0.0).temperature == 0.0 and sampling(temperature=0.7, top_p=0.3).top_p == 0.3
+
+
+def test_an_empty_stop_does_not_end_every_answer() -> None:
+    assert sampling(stop="").stop == () and sampling(stop=["", "END"]).stop == ("END",)
+
+
+def test_a_host_that_no_name_can_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no host has such a name"):
+        _bound(f"{'x' * 64}.example", 0)
+
+
 def test_every_error_has_a_status_of_an_error() -> None:
     assert {status_of(error("x")) for error in all_errors()} == {400, 404, 429, 502, 503}
+
+
+def test_health_does_not_wait_for_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging:
+        model = "hafs-coder:latest"
+
+        async def alive(self) -> None:
+            await anyio.sleep_forever()
+
+    monkeypatch.setattr(serve_api, "HEALTH_S", 0.1)
+
+    async def ask() -> httpx.Response:
+        app = build(cast(Gateway, Hanging()), "", 2048, "127.0.0.1")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            with anyio.fail_after(10):
+                return await client.get("/health")
+
+    answer = anyio.run(ask)
+    assert answer.status_code == 503 and "within 0.1 s" in answer.json()["error"]["message"]

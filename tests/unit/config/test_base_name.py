@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from config.contracts.base_name import HubFile, hub_file
+from config.contracts.base_name import HubFile, hub_file, is_plain
 from config.contracts.job import JobSpec
 
 
@@ -51,6 +51,24 @@ def test_what_is_none_is_refused(base: str) -> None:
 def test_other_files_of_a_repository_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors is no GGUF file; write hf:o/r for the whole"):
         hub_file("hf:o/r/model.safetensors")
+
+
+def test_one_part_of_several_is_refused_before_it_is_fetched() -> None:
+    with pytest.raises(ValueError, match=r"one of several parts: name a GGUF that is one file, or write hf:o/r$"):
+        hub_file("hf:o/r/q4/m-Q4_K_M-00001-of-00003.gguf")
+    assert hub_file("hf:o/r/m-00001-of-00003-joined.gguf").file
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        *[("model-00001-of-00002.safetensors", True), ("tokenizer_config.json", True)],
+        *[("..\\..\\x.json", False), ("C:x.json", False), ("a/x.json", False), ("..", False), (".x.json", False), ("", False)],
+        *[("con.json", False), ("x.json.", False), ("x.json\n", False), ("x" * 97, False)],
+    ],
+)
+def test_what_a_repository_calls_a_file(name: str, plain: bool) -> None:
+    assert is_plain(name) is plain
 
 
 def test_a_job_is_refused_where_it_is_written_down() -> None:

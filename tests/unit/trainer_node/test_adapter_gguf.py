@@ -143,6 +143,11 @@ def scale_of(folder: Path, base: BaseModel, config: dict[str, Any], shapes: dict
         ({"alpha_pattern": {"k_proj": 1, "q_proj": 3, "proj": 5}}, 0.75),
         ({"alpha_pattern": {"proj": 1, r"layers\.0\.self_attn\..*": 6}, "use_rslora": True}, 3.0),
         ({"rank_pattern": {"q_proj": 4}, "r": 99}, 2.0),  # the stored rank counts
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": ["lm_head"]},
+            2.0,
+        ),  # so do the stored modules
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, 2.0),
     ],
 )
 def test_the_scale_is_that_of_peft(base: BaseModel, tmp_path: Path, config: dict[str, Any], scale: float) -> None:
@@ -159,12 +164,21 @@ def test_the_scale_is_that_of_peft(base: BaseModel, tmp_path: Path, config: dict
         ({"lora_bias": True}, PAIR, "lora_bias"),
         ({"bias": "all"}, PAIR, "bias"),
         ({"fan_in_fan_out": True}, PAIR, "fan_in_fan_out"),
+        ({"trainable_token_indices": [1, 2]}, PAIR, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, PAIR, "target_parameters"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, PAIR, "layer_replication"),
+        ({"use_qalora": True}, PAIR, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, PAIR, "use_bdlora"),
+        ({"alora_invocation_tokens": [1]}, PAIR, "alora_invocation_tokens"),
+        ({"corda_config": {"corda_method": "ipm"}}, PAIR, "corda_config"),
         ({"something_new": 1}, PAIR, "something_new"),
         ({"peft_type": "LOHA"}, PAIR, "LOHA"),
         ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": (4, HIDDEN)}, "lora_embedding_A"),
         ({}, PAIR | {f"{MODULE}.lora_magnitude_vector": (1, HIDDEN)}, "lora_magnitude_vector"),
         ({}, {key.replace("model.layers.0.self_attn.q_proj", "lm_head"): PAIR[key] for key in PAIR}, "lm_head"),
         ({"alpha_pattern": {"q_proj": 3, ".*proj": 5}}, PAIR, "several of its alpha_pattern"),
+        ({}, {}, "holds no matrices"),
+        ({}, {f"base_model.model.language_model.{key}": PAIR[key] for key in PAIR}, "language_model"),
         ({}, {f"{MODULE}.lora_A.weight": (4, HIDDEN)}, "do not fit"),
         ({}, PAIR | {f"{MODULE}.lora_B.weight": (2 * HIDDEN, 4)}, "do not fit"),
     ],
@@ -175,6 +189,21 @@ def test_what_the_arithmetic_does_not_cover_is_refused_by_name(
     with pytest.raises(JobFailed, match=told) as refused:
         scale_of(tmp_path / "adapter", base, config, shapes)
     assert refused.value.hint
+
+
+def test_an_adapter_without_an_alpha_has_that_of_peft(base: BaseModel, tmp_path: Path) -> None:
+    del (config := dict(PLAIN))["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({key: np.ones(shape, np.float32) for key, shape in PAIR.items()}, tmp_path / "adapter_model.safetensors")
+    (low_rank,) = read_adapter(tmp_path, tensors_of(base.path, architecture_of(base.path).names)).values()
+    assert low_rank.scale * 4 == peft.LoraConfig().lora_alpha
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", '"LORA"', "{"])
+def test_an_adapter_config_that_is_none_is_refused(text: str, base: BaseModel, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(JobFailed, match="no readable adapter_config.json"):
+        read_adapter(tmp_path, {})
 
 
 def test_an_adapter_is_no_base_to_train(base: BaseModel, adapter: Path, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from config.errors import JobFailed, JobNotFound
+from config.contracts.job import JobSpec, JobState, JobView, TrainJob
+from config.errors import JobFailed, JobNotFound, ProviderUnavailable
+from config.locks import FileLock
 from tests.fakes.tag_server import Crash, TagServer, put_files
 from trainer_node import aliases, registry
+from trainer_node.jobdir import JobDir
 from trainer_node.registry import ModelRecord
+from trainer_node.runtime.launch import RuntimeInfo
 
 NAME, OTHER = "hafs-coder", "theirs"
 
@@ -38,6 +43,13 @@ def three(root: Path, server: TagServer, size: str = "") -> Any:
 
 def api(server: TagServer) -> Any:
     return server
+
+
+def a_job(root: Path, id_: str, start: str = "") -> JobView:
+    """One that has not ended; with `start` it is a dpo job."""
+    spec = JobSpec(kind="dpo" if start else "sft", name="tuned", base="b.gguf", data=["d"], start=start)
+    JobDir(root / "jobs" / id_).write_job(TrainJob(spec=spec, dataset_id="d", code_version="x", nonce="n"))
+    return JobView(id=id_, kind=spec.kind, name="tuned", state=JobState.REGISTERING, created_at=0, updated_at=0)
 
 
 @pytest.fixture
@@ -117,6 +129,29 @@ def test_an_alias_that_hafs_did_not_make_is_never_moved(tmp_path: Path, server: 
     assert (server.present[theirs], server.present["hafs-coder:14b"]) == ("someone else's", "sha:one")
 
 
+def test_a_rollback_of_one_size_leaves_the_others(tmp_path: Path, server: TagServer) -> None:
+    for job, size in (("one", "14b"), ("two", "14b"), ("three", "7b")):
+        aliases.promote(api(server), tmp_path, made(tmp_path, server, job, size).tag)
+    for _ in range(2):
+        changed = aliases.rollback(api(server), tmp_path, "hafs-coder:14b", leave="hafs-coder:14b-v2")
+        assert [each.tag for each in changed.models] == ["hafs-coder:14b-v2", "hafs-coder:14b-v1"]
+    assert (server.present["hafs-coder:14b"], server.present["hafs-coder:latest"]) == ("sha:one", "sha:three")
+    for alias in ("hafs-coder:14b", "hafs-coder:7b"):
+        with pytest.raises(JobNotFound, match=f"only version that {alias}"):
+            aliases.rollback(api(server), tmp_path, alias)
+    assert server.present["hafs-coder:7b"] == "sha:three"
+
+
+def test_no_alias_is_made_of_a_tag_that_is_no_longer_ours(tmp_path: Path, server: TagServer) -> None:
+    three(tmp_path, server)
+    server.create("hafs-coder:v2", "someone else's")
+    with pytest.raises(JobFailed, match="not what hafs made"):
+        aliases.promote(api(server), tmp_path, "hafs-coder:v2")
+    changed = aliases.rollback(api(server), tmp_path, NAME)
+    assert "cannot name hafs-coder:v2: what the server has" in changed.notes[0]
+    assert server.present["hafs-coder:latest"] == "sha:three"
+
+
 def test_delete_takes_server_files_and_listing_but_not_what_carries_an_alias(tmp_path: Path, server: TagServer) -> None:
     three(tmp_path, server)
     with pytest.raises(JobFailed, match=r"hafs-coder:latest names"):
@@ -152,6 +187,95 @@ def test_prune_keeps_the_newest_and_what_an_alias_names(tmp_path: Path, server: 
         aliases.prune(api(server), tmp_path, 1, "nobody")
 
 
+def test_a_version_that_did_not_pass_pushes_out_no_good_one(tmp_path: Path, server: TagServer) -> None:
+    for job in ("one", "two", "three", "four"):
+        record = made(tmp_path, server, job)
+        if job in ("three", "four"):
+            registry.note(tmp_path, record, passed=False, fault="never stops")
+    assert aliases.prune(api(server), tmp_path, 1).removed == ["hafs-coder:v1", "hafs-coder:v3"]
+
+
+def test_what_a_job_makes_or_goes_on_from_is_not_deleted(tmp_path: Path, server: TagServer) -> None:
+    for job in ("one", "two", "three", "four", "five"):
+        record = made(tmp_path, server, job)
+    registry.note(tmp_path, registry.resolve(tmp_path, "hafs-coder:v2"), passed=False)  # its gate is asked now
+    registry.pin_start(tmp_path / "jobs" / "dpo-1", "hafs-coder:v3")  # what the name meant when it began
+    owed = [a_job(tmp_path, "two"), a_job(tmp_path, "dpo-1", NAME), a_job(tmp_path, "dpo-2", "hafs-coder:v4")]
+    for number, why in ((2, "job two makes it"), (3, "job dpo-1 goes on from it"), (4, "job dpo-2 goes on from it")):
+        with pytest.raises(JobFailed, match=why):
+            aliases.delete(api(server), tmp_path, f"hafs-coder:v{number}", owed)
+    pruned = aliases.prune(api(server), tmp_path, 1, owed=owed)
+    assert pruned.removed == ["hafs-coder:v1"] and len(pruned.notes) == 2, "the one without a gate is the newest of its kind"
+    assert aliases.prune(api(server), tmp_path, 1).removed == ["hafs-coder:v3", "hafs-coder:v4"]
+    assert record.tag in server.present
+
+
+def test_a_version_of_which_another_form_is_made_is_not_deleted(tmp_path: Path, server: TagServer) -> None:
+    record = made(tmp_path, server, "one")
+    lock = FileLock(tmp_path / record.folder / ".exports" / "hf.lock")
+    assert lock.acquire()
+    with pytest.raises(JobFailed, match="another form"):
+        aliases.delete(api(server), tmp_path, record.tag)
+    lock.release()
+    assert aliases.delete(api(server), tmp_path, record.tag).removed == [record.tag]
+
+
+def test_prune_leaves_what_somebody_talks_to(tmp_path: Path, server: TagServer) -> None:
+    for job in ("one", "two", "three"):
+        made(tmp_path, server, job)
+    server.in_memory = ["Hafs-Coder:v1"]
+    for dry_run in (True, False):
+        pruned = aliases.prune(api(server), tmp_path, 1, dry_run=dry_run)
+        assert pruned.removed == ["hafs-coder:v2"]
+        assert pruned.notes == ["hafs-coder:v1 stays: it is loaded at the model server"]
+    assert "hafs-coder:v1" in server.present
+
+
+def test_a_version_that_was_deleted_meanwhile_does_not_come_back(tmp_path: Path, server: TagServer) -> None:
+    record = made(tmp_path, server, "one")
+    aliases.delete(api(server), tmp_path, record.tag)
+    assert registry.note(tmp_path, record, passed=True).deleted
+    assert registry.versions(tmp_path) == []
+
+
+@pytest.mark.parametrize("answers", [None, RuntimeInfo("http://own", embedded=True, version="1", started=False)])
+def test_an_ollama_that_is_away_is_not_replaced(
+    tmp_path: Path, server: TagServer, monkeypatch: pytest.MonkeyPatch, answers: RuntimeInfo | None
+) -> None:
+    """The embedded runtime has none of its models: they would all be called lost."""
+    monkeypatch.delenv("HAFS_RUNTIME", raising=False)
+    own = RuntimeInfo("http://own", embedded=True, version="1", started=True)
+    monkeypatch.setattr(aliases, "find_server", lambda root: answers)
+    monkeypatch.setattr(aliases, "ensure_runtime", lambda root: own)
+    record = made(tmp_path, server, "one")
+    assert aliases.server_of(tmp_path, ollama=aliases.at_ollama(registry.records(tmp_path))).embedded, "nobody noted where"
+    registry.note(tmp_path, record, server=registry.OLLAMA)
+    assert aliases.at_ollama(registry.records(tmp_path))
+    with pytest.raises(ProviderUnavailable, match="where the models of this node are"):
+        aliases.server_of(tmp_path, ollama=True)
+    listed = aliases.listing(tmp_path)
+    assert (listed.checked, listed.models[0].note) == (False, "")
+    monkeypatch.setenv("HAFS_RUNTIME", "embedded")
+    assert aliases.server_of(tmp_path, ollama=True).embedded, "a person has said so"
+
+
+def test_laptops_that_move_it_at_once_leave_the_alias_on_what_stands(tmp_path: Path, server: TagServer) -> None:
+    three(tmp_path, server)
+
+    def move(number: int) -> None:
+        if number % 2:
+            aliases.rollback(api(server), tmp_path, NAME, leave="hafs-coder:v3")
+        else:
+            aliases.promote(api(server), tmp_path, f"hafs-coder:v{number % 3 + 1}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(move, range(12)))
+    stands = registry.standing(registry.records(tmp_path))["hafs-coder:latest"]
+    assert server.present["hafs-coder:latest"] == stands.digest and stands.aliases == ["hafs-coder:latest"]
+    numbers = [each.promotion for each in registry.records(tmp_path) if each.promotion]
+    assert len(numbers) == len(set(numbers)), "no two promotions have one number"
+
+
 def test_two_versions_with_the_same_weights_are_told_apart(tmp_path: Path, server: TagServer) -> None:
     for job in ("one", "two"):
         aliases.promote(api(server), tmp_path, made(tmp_path, server, job, digest="same").tag)
@@ -163,7 +287,7 @@ def test_two_versions_with_the_same_weights_are_told_apart(tmp_path: Path, serve
 def test_a_version_that_the_server_lost_is_not_promoted(tmp_path: Path, server: TagServer) -> None:
     record = made(tmp_path, server, "one")
     del server.present[record.tag]
-    with pytest.raises(JobFailed, match="any more"):
+    with pytest.raises(JobFailed, match="no longer has it"):
         aliases.promote(api(server), tmp_path, record.tag)
     with pytest.raises(JobNotFound):
         aliases.promote(api(server), tmp_path, "hafs-coder:v2")
@@ -171,14 +295,16 @@ def test_a_version_that_the_server_lost_is_not_promoted(tmp_path: Path, server: 
 
 def test_a_listing_tells_what_the_server_has(tmp_path: Path, server: TagServer, monkeypatch: pytest.MonkeyPatch) -> None:
     three(tmp_path, server)
-    monkeypatch.setattr(aliases, "_tags_now", lambda root: server.tags())
+    monkeypatch.setattr(aliases, "_tags_now", lambda *_: server.tags())
+    server.present["hafs-coder:latest"] = "someone else's"
+    assert aliases.listing(tmp_path).models[2].note == "hafs-coder:latest at the server was not made by hafs and is left alone"
     server.present["hafs-coder:latest"] = "sha:one"  # a crash, or a person with `ollama cp`
     del server.present["hafs-coder:v2"]
     listed = aliases.listing(tmp_path)
     assert [each.alias for each in listed.models] == ["hafs-coder:latest", "", ""] and listed.checked
     assert listed.models[1].note == "the server no longer has it"
     assert "hafs models promote hafs-coder:v3" in listed.models[2].note
-    monkeypatch.setattr(aliases, "_tags_now", lambda root: None)
+    monkeypatch.setattr(aliases, "_tags_now", lambda *_: None)
     assert [each.alias for each in aliases.listing(tmp_path).models] == ["", "", "hafs-coder:latest"]
     assert not aliases.listing(tmp_path).checked
 

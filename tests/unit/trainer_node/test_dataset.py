@@ -103,6 +103,17 @@ def test_what_is_dropped_is_counted_by_reason() -> None:
     assert {row.row.source_id for row in prepared.train + prepared.held_out} == {"a", "b", "f"}
 
 
+def test_a_row_that_cannot_be_encoded_is_named() -> None:
+    def encode(row: Row) -> Encoded:
+        if row.source_id == "b":
+            raise JobFailed("the template refuses it", hint="take another base")
+        return fake_encode(row)
+
+    with pytest.raises(JobFailed, match="row 2 of the dataset: the template refuses it") as refused:
+        prepare(rows(sample("a"), sample("b"), sample("c")), spec(), SPECIAL, encode)
+    assert refused.value.hint == "take another base"
+
+
 def test_a_pair_without_a_difference_is_dropped() -> None:
     messages = (Message(role="user", content="Why?"),)
     pairs = [Row("a", messages, ("x", "x")), Row("b", messages, ("x", "y")), Row("c", messages, ("x", "z"))]

@@ -16,6 +16,8 @@ from trainer_node.export import folder as exporting
 from trainer_node.export.architectures import architecture_of
 from trainer_node.export.folder import export_folder
 from trainer_node.export.merged import export_merged
+from trainer_node.export.rope import rope_of
+from trainer_node.train import gguf_model
 from trainer_node.train.base import load_model, read_base
 
 pytestmark = [
@@ -93,16 +95,36 @@ def test_what_vllm_reads_is_there(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(target).eos_token_id == GenerationConfig.from_pretrained(base).eos_token_id
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", list(TINY))
 def test_a_gguf_gives_the_folder_it_came_from(name: str, tmp_path: Path) -> None:
-    base = write_folder(name, tmp_path / "base")
+    """The same logits to float32's rounding: config, order of rows and shift of norms are all told back."""
+    base, target = write_folder(name, tmp_path / "base"), tmp_path / "target"
     export_merged(base, None, tmp_path / "base.gguf", told, dtype="BF16")
-    export_folder(tmp_path / "base.gguf", None, tmp_path / "target", told)
-    before, after = (AutoModelForCausalLM.from_pretrained(where).float().eval() for where in (base, tmp_path / "target"))
-    assert np.allclose(logits(before), logits(after), atol=1e-5)
+    export_folder(tmp_path / "base.gguf", None, target, told)
+    loaded, info = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert loaded.dtype == torch.bfloat16 and loaded.config.architectures == [type(loaded).__name__]
+    before, after = (AutoModelForCausalLM.from_pretrained(where).float().eval() for where in (base, target))
+    found, wanted = logits(after), logits(before)
+    assert np.abs(found - wanted).max() < 1e-4 * (wanted.max() - wanted.min())
     template = {"conversation": [{"role": "user", "content": "def f(x):\n    return 12"}], "tokenize": False}
-    first, second = (AutoTokenizer.from_pretrained(where) for where in (base, tmp_path / "target"))
+    first, second = (AutoTokenizer.from_pretrained(where) for where in (base, target))
     assert first.apply_chat_template(**template) == second.apply_chat_template(**template)
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma2", "phi3-long"])
+def test_of_a_gguf_the_merged_model_is_what_was_trained(name: str, tmp_path: Path) -> None:
+    import peft
+
+    export_merged(write_folder(name, tmp_path / "base"), None, tmp_path / "base.gguf", told)
+    model = load_model(read_base(tmp_path / "base.gguf"), "float32", "cpu", longest=64)
+    torch.manual_seed(2)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    tuned = peft.get_peft_model(model, options)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    export_folder(tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "target", told)
+    found, wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "target").float().eval()), logits(tuned.eval())
+    assert np.abs(found - wanted).max() < 5e-3 * (wanted.max() - wanted.min()), "merged weights are rounded to F16"
 
 
 def test_a_small_llama_gguf_gives_what_is_trained(tmp_path: Path) -> None:
@@ -112,12 +134,30 @@ def test_a_small_llama_gguf_gives_what_is_trained(tmp_path: Path) -> None:
     assert np.allclose(logits(trained), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "llama-biased", "llama-yarn", "gemma2", "phi3"])
-def test_a_gguf_whose_config_transformers_would_guess_is_refused(name: str, tmp_path: Path) -> None:
-    export_merged(write_folder(name, tmp_path / "base"), None, tmp_path / "base.gguf", told)
-    with pytest.raises(JobFailed, match="transformers does not read") as refused:
+@pytest.mark.parametrize(("factor", "original", "theta"), [(8.0, 64, 50_000.0), (8.0, 8192, 500_000.0), (32.0, 8192, 500_000.0)])
+def test_scaled_positions_of_llama_3_are_told_back(factor: float, original: int, theta: float) -> None:
+    scaling = {"factor": factor, "original_max_position_embeddings": original, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters = {"rope_type": "llama3", "rope_theta": theta, **scaling}
+    _, tensors = rope_of(parameters, 131_072, 64, ("llama3",))
+    assert gguf_model._llama3(tensors["rope_freqs.weight"], theta, 131_072) == parameters
+
+
+def test_positions_that_no_config_can_say_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_merged(write_folder("llama-llama3", tmp_path / "base"), None, tmp_path / "base.gguf", told)
+    monkeypatch.setattr(gguf_model, "LLAMA3_BOUNDS", (1.5, 5.0))  # as if the divisors had been made with others
+    with pytest.raises(JobFailed, match="no words for its scaled positions") as refused:
         export_folder(tmp_path / "base.gguf", None, tmp_path / "target", told)
     assert "folder" in refused.value.hint and not (tmp_path / "target").exists()
+
+
+def test_a_config_that_names_no_class_and_no_kind_of_weights_is_told_them(tmp_path: Path) -> None:
+    base, target = write_folder("qwen3", tmp_path / "base"), tmp_path / "target"
+    config = json.loads((base / "config.json").read_bytes())
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    export_folder(base, None, target, told)
+    written = json.loads((target / "config.json").read_bytes())
+    assert (written["architectures"], written["dtype"]) == (["Qwen3ForCausalLM"], "bfloat16")
 
 
 def test_a_stop_leaves_the_earlier_folder(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from config.contracts.job import JobState, JobView
 from config.contracts.manifest import DatasetManifest, Segment
-from config.errors import StoreCorrupt
+from config.errors import JobFailed, StoreCorrupt
+from trainer_node import registry
 from trainer_node.gc import collect
+from trainer_node.registry import ModelRecord
 
 LONG_AGO = time.time() - 30 * 24 * 3600
 
@@ -36,8 +38,15 @@ def dataset(root: Path, name: str, words: str, age_s: float = 0.0, old: bool = T
     return manifest.id
 
 
-def job(dataset_id: str) -> JobView:
-    return JobView(id="j", kind="sft", name="n", state=JobState.SUCCEEDED, created_at=0, updated_at=0, dataset_id=dataset_id)
+def job(dataset_id: str, state: JobState = JobState.SUCCEEDED) -> JobView:
+    return JobView(id="j", kind="sft", name="n", state=state, created_at=0, updated_at=0, dataset_id=dataset_id)
+
+
+def version(root: Path, number: int, base_sha256: str) -> ModelRecord:
+    named = {"name": "m", "version": number, "kind": "sft", "job": f"job-{number}", "base": "folder", "dataset_id": "d"}
+    record = ModelRecord.model_validate({**named, "base_sha256": base_sha256, "adapter_sha256": "a"})
+    registry.save(root, record)
+    return record
 
 
 def names(root: Path) -> set[str]:
@@ -76,6 +85,31 @@ def test_the_newest_dataset_of_a_name_stays_however_old(tmp_path: Path) -> None:
     collect(tmp_path, [], dry_run=False)
     assert {path.stem for path in (tmp_path / "datasets").glob("*.json")} == {kept, other}
     assert len(list((tmp_path / "segments").iterdir())) == 3
+
+
+def test_a_converted_base_goes_once_no_version_and_no_job_can_need_it(tmp_path: Path) -> None:
+    put(tmp_path, "cache/bases/used.gguf")
+    put(tmp_path, "cache/bases/young.gguf", old=False)
+    put(tmp_path, "cache/bases/old.lock")
+    version(tmp_path, 1, "used")
+    deleted = version(tmp_path, 2, "deleted")
+    registry.save(tmp_path, deleted.model_copy(update={"deleted": True}))
+    stay = names(tmp_path)
+    gone = {f"cache/bases/{name}" for name in ("deleted.gguf", "old.gguf", "cut.gguf.partial")}
+    for name in gone:
+        put(tmp_path, name)
+    for state in (JobState.QUEUED, JobState.INTERRUPTED):
+        assert collect(tmp_path, [job("d", state)], dry_run=False) == []
+    assert {each.name for each in collect(tmp_path, [job("d", JobState.FAILED)], dry_run=False)} == gone
+    assert names(tmp_path) == stay
+
+
+def test_a_broken_registry_stops_it_before_anything_goes(tmp_path: Path) -> None:
+    put(tmp_path, "incoming/old.part")
+    (tmp_path / "registry.json").write_text("{")
+    with pytest.raises(JobFailed, match="registry"):
+        collect(tmp_path, [], dry_run=False)
+    assert (tmp_path / "incoming" / "old.part").exists()
 
 
 def test_a_broken_manifest_stops_it_before_anything_goes(tmp_path: Path) -> None:

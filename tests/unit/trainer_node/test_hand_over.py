@@ -67,6 +67,14 @@ def test_a_server_that_does_not_say_is_in_the_way_and_none_is_not(
     assert in_the_way(tmp_path, 0) == ""
 
 
+def test_the_models_of_another_machine_are_left_there(
+    ollama: HoldingOllama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ollama.loaded = ["theirs:latest"]
+    monkeypatch.setattr(hand_over, "is_of_this_machine", lambda url: url != ollama.url)
+    assert in_the_way(tmp_path, 0) == "" and not ollama.asked
+
+
 def test_the_gpu_has_to_be_free_as_well(ollama: HoldingOllama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needed_mb = 8e9 / 2**20
     card(monkeypatch, free=3)

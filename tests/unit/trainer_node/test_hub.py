@@ -38,7 +38,8 @@ FOLDER = {
 }
 NOT_NEEDED = {
     **{"README.md": b"#", "modeling_own.py": b"raise SystemExit", "pytorch_model.bin": b"x", "onnx/config.json": b"{}"},
-    **{"consolidated.safetensors": b"x", "con.json": b"x"},
+    **{"consolidated.safetensors": b"x", "con.json": b"x", "..\\..\\evil.json": b"x", "C:evil.json": b"x"},
+    **{"model.safetensors": b"the same weights once more"},
 }
 WHOLE = HubFile("owner/Whole", "", "")
 FETCH = """
@@ -188,6 +189,25 @@ def test_a_token_of_the_hubs_own_login_is_used(hub: Hub, tmp_path: Path) -> None
     assert client.pin(NAMED, offline=False) == PINNED
 
 
+@pytest.mark.parametrize("token", ["hf_se\ncret", "hf_se cret", "hf_se\u2026cret"])
+def test_a_token_that_is_none_is_not_repeated(token: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx would, in its complaint of the header."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    error = refused(AuthFailed)
+    assert "cret" not in str(error) + error.hint and "HF_TOKEN" in str(error) and not hub.asked
+    monkeypatch.setenv("HF_TOKEN", f" {hub.let_in}\n")
+    hub.gated.add(REPO)
+    assert client.pin(NAMED, offline=False) == PINNED, "white space around it is nobody's intention"
+
+
+def test_a_token_is_not_sent_to_where_a_name_without_a_scheme_leads(hub: Hub) -> None:
+    load_settings().keep_key("HF_TOKEN", hub.let_in)
+    hub.renamed["owner/Old"] = f"/localhost:{hub.port}/{REPO}"
+    with pytest.raises(ProviderUnavailable, match="not an answer of the hub"):
+        client.pin(NAMED._replace(repo="owner/Old"), offline=False)
+    assert [asked.path for asked in hub.asked] == ["/owner/Old/resolve/main/small/model.gguf"]
+
+
 def test_what_is_not_there_is_said_by_name(hub: Hub) -> None:
     assert "owner/nobody" in str(refused(ModelMissing, NAMED._replace(repo="owner/nobody")))
     assert "no revision v9" in str(refused(ModelMissing, NAMED._replace(revision="v9")))
@@ -282,6 +302,29 @@ def test_a_repository_without_safetensors_is_refused_with_what_it_has(hub: Hub) 
     assert "owner/nobody" in str(refused(ModelMissing, WHOLE._replace(repo="owner/nobody")))
     hub.gated.add("owner/Whole")
     assert "accept" in refused(AuthFailed, WHOLE).hint
+
+
+def test_a_repository_whose_index_names_what_it_has_not_is_refused(hub: Hub) -> None:
+    for name, index in (
+        ("lacking", INDEX.replace(b"00002-of", b"00003-of")),
+        ("listing", b"[]"),
+        ("numbers", b'{"weight_map": {"w": 1}}'),
+        ("broken", b"{"),
+    ):
+        repo = hub.repos[f"owner/{name}"] = FOLDER | {"model.safetensors.index.json": index}
+        pinned = client.pin(WHOLE._replace(repo=f"owner/{name}"), offline=False)
+        with pytest.raises(ModelMissing, match="names files that it does not have") as missing:
+            fetch(pinned)
+        assert f"{hub.url}/owner/{name}" in missing.value.hint
+        assert client.cached(pinned) is None
+        repo["model.safetensors.index.json"] = INDEX
+
+
+def test_shards_without_their_index_are_no_model(hub: Hub) -> None:
+    hub.repos["owner/loose"] = {name: data for name, data in FOLDER.items() if "index" not in name}
+    with pytest.raises(ModelMissing, match="or its parts with their model.safetensors.index.json"):
+        fetch(client.pin(WHOLE._replace(repo="owner/loose"), offline=False))
+    assert not hub.bodies()
 
 
 def test_the_disk_has_to_have_room_for_all_of_a_repository(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Our clients of Ollama against what a real server answered, and against what it answers when something goes wrong."""
 
 import copy
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def upload(folder: Path) -> tuple[Path, Step, Step]:
     where = {"method": "HEAD", "path": f"/api/blobs/sha256:{sha256(path.read_bytes()).hexdigest()}"}
     absent, present = (step["response"] for step in recorded("blobs", "absent", "present"))
     return path, {"request": where, "response": absent}, {"request": where, "response": present}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "call"),
+    [
+        ("GET", "/api/version", lambda api: api.version()),
+        ("GET", "/api/tags", lambda api: api.tags()),
+        ("GET", "/api/ps", lambda api: api.loaded()),
+        ("POST", "/api/chat", lambda api: api.chat("m", [], {})),
+    ],
+)
+@pytest.mark.parametrize("answer", [{}, {"version": "1"}, {"models": [{}]}, {"message": "hello"}, [1], None])
+def test_what_is_no_answer_of_ollama_is_said(method: str, path: str, call: Callable[[OllamaApi], object], answer: object) -> None:
+    request = {"method": method, "path": path, **({"json": {}} if method == "POST" else {})}
+    step: Step = {"request": request, "response": {"status": 200, "headers": {}, "json": answer}}
+    with replayed([step]) as url, OllamaApi(url) as api:
+        if (path, answer) == ("/api/version", {"version": "1"}):
+            assert call(api) == "1"
+        else:
+            with pytest.raises(ProviderUnavailable, match=f"{path}: not an answer of Ollama"):
+                call(api)
 
 
 def failed(status: int, error: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config.contracts.job import JobError, JobSpec, JobState, TrainJob
-from config.errors import DiskFull, GateFailed, HafsError, ProviderUnavailable
+from config.errors import DiskFull, GateFailed, HafsError, ProviderUnavailable, StoreHeld
 from trainer_node import pipeline
 from trainer_node.jobdir import JobDir
 from trainer_node.train.checkpoints import seal
@@ -75,6 +75,7 @@ def test_the_stop_file_ends_it_before_the_next_stage(job_dir: JobDir, monkeypatc
         (ZeroDivisionError("no"), "JobFailed", 42),
         (ProviderUnavailable("no", hint="start it"), "ProviderUnavailable", 76),
         (DiskFull("no", hint="free some"), "DiskFull", 76),
+        (StoreHeld("no", hint="wait"), "StoreHeld", 76),
         (OSError(errno.ENOSPC, "no"), "DiskFull", 76),
     ],
 )

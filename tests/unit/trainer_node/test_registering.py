@@ -1,4 +1,4 @@
-"""The gate and the comparison of tokens, against a server that answers what the test tells it to."""
+"""The gate, against a server that answers what the test tells it to; what is kept of a version, and other forms of it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,10 @@ import pytest
 
 from config.contracts.job import Perplexity
 from config.contracts.sample import Message
-from config.errors import BadRequest, GateFailed
+from config.contracts.wire import ExportArgs, ExportState
+from config.errors import BadRequest, GateFailed, JobFailed
+from trainer_node import registry
+from trainer_node.export import request
 from trainer_node.export.gate import require_gate
 from trainer_node.export.probes import Probe, Probes
 from trainer_node.export.register import keep_files
@@ -21,23 +24,15 @@ BETTER = Perplexity(rows=1, tokens=2, base=9, tuned=3)
 
 
 class FakeServer:
-    """The part of OllamaApi that the gate and the comparison of tokens use."""
+    """The part of OllamaApi that the gate uses."""
 
-    def __init__(
-        self, *replies: dict[str, Any], tags: dict[str, str] | None = None, tokens: dict[str, list[int]] | None = None
-    ) -> None:
-        self.replies, self.present, self.tokens = list(replies), tags or {}, tokens
+    def __init__(self, *replies: dict[str, Any]) -> None:
+        self.replies = list(replies)
         self.asked: list[list[dict[str, str]]] = []
 
     def chat(self, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(messages)
         return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-
-    def tags(self) -> dict[str, str]:
-        return self.present
-
-    def tokenize(self, model: str, text: str) -> list[int] | None:
-        return None if self.tokens is None else ({"": []} | self.tokens)[text]
 
 
 def gate(server: Any, *probes: Probe, figures: Perplexity = BETTER, exact: bool = True) -> str:
@@ -78,6 +73,26 @@ def test_the_gate_names_what_is_wrong(fault: dict[str, Any], reason: str) -> Non
 def test_a_system_message_that_was_not_registered_fails_the_gate() -> None:
     with pytest.raises(GateFailed, match="read 9"):
         gate(FakeServer(GOOD | {"prompt_eval_count": 9}, GOOD))
+
+
+def test_a_server_that_cannot_answer_with_the_model_fails_the_gate() -> None:
+    """It believes what create is told; what it says then is the fault, and the version is kept with it."""
+    refusal = BadRequest('400 "m:v1" does not support chat')
+
+    class Refusing(FakeServer):
+        def chat(self, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
+            raise refusal
+
+    with pytest.raises(GateFailed, match=r"refuses to answer: 400 .* does not support chat") as failed:
+        gate(Refusing(GOOD))
+    assert "server's log" in failed.value.hint
+
+
+def test_of_a_character_of_several_tokens_the_first_one_tells_nothing() -> None:
+    server = FakeServer(GOOD | {"message": {"content": "\u65e5\u672c"}})
+    gate(server, PROBE.model_copy(update={"first": ["Because", "\ufffd"]}), exact=False)
+    with pytest.raises(GateFailed, match="served as"):
+        gate(server, PROBE.model_copy(update={"first": ["Because", "a\ufffd"]}), exact=False)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +139,29 @@ def test_results_are_kept_under_the_models_name_and_again_on_a_retry(tmp_path: P
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
         assert found == {"adapter/adapter_model.safetensors", "Modelfile", *kept}
     assert [path.name for path in target.parent.iterdir()] == ["v1"]
+
+
+def test_what_an_earlier_export_said_does_not_count_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone, and the process that is to make it again ends at once: nothing is done."""
+    named = {"name": "m", "version": 1, "kind": "sft", "job": "j", "base": "b", "base_sha256": "s", "dataset_id": "d"}
+    record = registry.ModelRecord.model_validate({**named, "adapter_sha256": "a", "passed": True})
+    registry.save(tmp_path, record)
+    done = ExportState(tag=record.tag, state="done", files=["gguf/Q8_0.gguf"])
+    request.Form(tmp_path, record, "merged", "Q8_0").write(done)
+
+    class Ended:
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(request, "start_detached", lambda *_, **__: Ended())
+    args = ExportArgs(model="m", route="merged", quantize="Q8_0")
+    with pytest.raises(JobFailed, match="was cut off; its log is"):
+        request.ask(tmp_path, args)
+    file = tmp_path / record.folder / "gguf" / "Q8_0.gguf"
+    file.parent.mkdir()
+    file.touch()
+    request.Form(tmp_path, record, "merged", "Q8_0").write(done)
+    assert request.ask(tmp_path, args) == done
 
 
 def test_a_name_that_no_model_can_have_is_refused_before_the_server_is_asked(tmp_path: Path) -> None:

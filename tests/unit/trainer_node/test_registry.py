@@ -88,6 +88,20 @@ def test_only_what_passed_is_found(tmp_path: Path) -> None:
         resolve(tmp_path, "hafs-coder:v2")
 
 
+def test_what_failed_is_found_by_its_tag_by_who_inspects_it(tmp_path: Path) -> None:
+    passed(tmp_path, "one", size="14b")
+    save(tmp_path, reserve(tmp_path, draft("two", size="14b"), []).model_copy(update={"fault": "never stops"}))
+    reserve(tmp_path, draft("three", size="14b"), [])
+    for tag in ("hafs-coder:14b-v2", "Hafs-Coder:v2"):
+        assert resolve(tmp_path, tag, failed=True).job == "two"
+        with pytest.raises(JobNotFound):
+            resolve(tmp_path, tag)
+    for name in ("hafs-coder", "hafs-coder:14b"):
+        assert resolve(tmp_path, name, failed=True).job == "one"
+    with pytest.raises(JobNotFound):
+        resolve(tmp_path, "hafs-coder:v3", failed=True)
+
+
 def test_a_name_is_its_newest_version_until_one_was_promoted(tmp_path: Path) -> None:
     for job in ("one", "two"):
         passed(tmp_path, job)

@@ -1,6 +1,8 @@
 """Blobs and manifests, the header of a GGUF, and where a base model is found."""
 
 import hashlib
+import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config.errors import BadRequest, ConfigError
+from config.errors import BadRequest, ConfigError, StoreCorrupt
 from trainer_node.base_model import resolve_base
 from trainer_node.ollama import check_files, check_parameters
-from trainer_node.runtime.create import create
+from trainer_node.runtime import manage
+from trainer_node.runtime.create import check, create
 from trainer_node.runtime.engine import EngineSpec
 from trainer_node.runtime.gguf_file import NotGguf, read_gguf, read_vocabulary
 from trainer_node.runtime.memory import cache_bytes, needed_bytes
@@ -76,6 +79,48 @@ def test_a_broken_header_is_refused_and_never_read_beyond(size: int, at: int, by
         return  # beyond the two arrays nothing is looked at
 
 
+STRING, UINT32, ARRAY = 8, 4, 9
+
+
+def text(word: str) -> bytes:
+    return struct.pack("<Q", len(word)) + word.encode()
+
+
+def written(path: Path, *pairs: tuple[str, int, bytes], tensors: bytes = b"", count: int = 0) -> Path:
+    """A GGUF of these keys, each with its type and its bytes."""
+    keys = b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in pairs)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, count, len(pairs)) + keys + tensors)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (UINT32, struct.pack("<I", 0)),  # an alignment of nothing
+        (STRING, text("wide")),
+        (ARRAY, struct.pack("<IQ", STRING, 1) + struct.pack("<Q", 2**64 - 1)),  # a text that reaches beyond any file
+        (ARRAY, struct.pack("<IQ", UINT32, 2**62)),
+        (ARRAY, struct.pack("<IQ", ARRAY, 1) * 100_000),  # arrays in arrays in arrays
+    ],
+)
+def test_a_header_that_is_made_to_break_the_reader_is_refused(kind: int, value: bytes, tmp_path: Path) -> None:
+    path = written(tmp_path / "evil.gguf", ("general.alignment", kind, value), ("end", UINT32, bytes(4)))
+    with pytest.raises(NotGguf):
+        read_gguf(path)
+
+
+def test_a_tensor_of_a_million_dimensions_is_refused(tmp_path: Path) -> None:
+    header = text("w") + struct.pack("<I", 10**6) + bytes(10**6)
+    with pytest.raises(NotGguf, match='tensor "w" has 1000000 dimensions'):
+        read_gguf(written(tmp_path / "evil.gguf", tensors=header, count=1))
+
+
+def test_metadata_of_odd_types_is_told_as_absent(tmp_path: Path) -> None:
+    odd = ("llama.context_length", STRING, text("long")), ("general.file_type", STRING, text("small"))
+    gguf = read_gguf(written(tmp_path / "odd.gguf", ("general.architecture", STRING, text("llama")), *odd))
+    assert (gguf.length("context_length"), gguf.file_type) == (0, "unknown")
+
+
 def test_a_name_exists_once_and_keeps_its_spelling(store: Store) -> None:
     make(store, "Base")
     make(store, "bASE", system="Be kind.")
@@ -108,12 +153,68 @@ def test_a_start_discards_what_no_model_lists(store: Store) -> None:
     assert not store.blob(upload.digest).exists()
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"half', b"[]", b'{"config": {"digest": "../x"}, "layers": []}'])
+def test_one_broken_manifest_hides_no_other_and_removes_nothing(store: Store, torn: bytes) -> None:
+    make(store, "one", system="First.")
+    make(store, "two", system="Second.")
+    manifest = store.manifests / "registry.ollama.ai/library/one/latest"
+    manifest.write_bytes(torn)
+    blobs = set(store.blobs.iterdir())
+    store.prune()
+    assert [str(model.name) for model in store.models()] == ["two:latest"]
+    with pytest.raises(StoreCorrupt, match="one/latest cannot be read"):
+        store.find("one")
+    two = store.find("two")
+    assert two is not None
+    store.delete(two)
+    assert set(store.blobs.iterdir()) == blobs and store.models() == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"files": ["a"]},
+        {"files": {"a.gguf": 1}},
+        {"adapters": "a"},
+        {"parameters": [1]},
+        {"messages": {"role": "user"}},
+        {"template": 3},
+        {"system": ["x"]},
+        {"license": 1},
+        {"from": {"model": "x"}},
+    ],
+)
+def test_a_create_with_values_of_a_wrong_type_is_refused(body: dict[str, object]) -> None:
+    with pytest.raises(ApiError) as caught:
+        check({"model": "one", **body})
+    assert caught.value.status == 400
+
+
+def test_a_template_that_is_too_deep_is_refused(store: Store) -> None:
+    with pytest.raises(ApiError, match="template error"):
+        make(store, "one", template="{{ if .System }}" * 10_000)
+
+
 def test_a_failed_create_leaves_the_old_model(store: Store) -> None:
     make(store, "one", system="First.")
     with pytest.raises(ApiError, match="unclosed action"):
         make(store, "one", template="{{ .Nope")
     found = store.find("one")
     assert found is not None and found.system == "First."
+
+
+def test_an_upload_is_whole_on_the_disk_before_and_after_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temp, blob = tmp_path / ".upload-1", tmp_path / "sha256-1"
+    synced: list[bytes | list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(temp.read_bytes()))
+    monkeypatch.setattr(manage, "sync_folder", lambda folder: synced.append([path.name for path in folder.iterdir()]))
+    with temp.open("wb") as file:
+        file.write(b"the last bytes")
+        manage._sync(file)
+    manage._keep(temp, blob)
+    assert synced == [b"the last bytes", ["sha256-1"]]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_parts_of_text_are_joined() -> None:
         ({"messages": ["hi"]}, "invalid message"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts of type text"),
         ({"messages": [HI], "response_format": "json"}, "response_format"),
+        ({"messages": [HI], "response_format": {"type": "json_schema", "json_schema": "x"}}, "field json_schema of type object"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(body: dict[str, object], error: str) -> None:

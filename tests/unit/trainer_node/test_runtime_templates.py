@@ -44,6 +44,9 @@ def test_neighbours_of_one_role_are_one_message() -> None:
         ("{{ range .Messages }}\n{{- .Content -}}\n{{ end }}!", "Be kind.Hi!"),
         ('{{ range .Messages }}{{ if and (ne .Role "system") (not .Tools) }}{{ $.System }}{{ end }}{{ end }}', "Be kind."),
         ("{{/* a comment */}}{{ range $.Messages }}{{ if or .Thinking .Content }}x{{ end }}{{ end }}", "xx"),
+        ('{{ range .Messages }}{{ if eq .Content "Be  kind." }}two{{ end }}{{ end }}{{ "<｜a  b｜>\\n\\"" }}', '<｜a  b｜>\n"'),
+        ('{{ range .Messages }}{{ .Role }}\u00a0{{- "" }}\n{{- eq .Role "user" }}{{ end }}', "system\u00a0falseuser\u00a0true"),
+        ("{{if .System}}a{{else}}b{{end}}{{\nrange\t.Messages -}} c {{end}}", "ac c "),
     ],
 )
 def test_what_chat_templates_use(template: str, prompt: str) -> None:
@@ -93,6 +96,16 @@ def test_a_template_without_messages_is_executed_turn_by_turn(template: str, mes
         ("{{ with .System }}x{{ end }}", r"known here: if, else, range \.Messages"),
         ("{{ range .Messages }}x{{ else }}y{{ end }}", "not supported"),
         ("{{ range .Messages }}{{ if (eq .Role }}{{ end }}{{ end }}", "paren|not supported"),
+        ('{{ range .Messages }}{{ if eq .Role "user }}x{{ end }}{{ end }}', "not supported as a string"),
+        ('{{ .System }}{{ "}}" }}', "not supported as a string"),
+        (r'{{ "\x1" }}', "not supported as a string"),
+        ("{{ if not }}x{{ end }}", "wrong number of args for not: 0"),
+        ("{{ if ne .System }}x{{ end }}", "wrong number of args for ne: 1"),
+        ("{{ if .System }}a{{ else }}b{{ else }}c{{ end }}", "unexpected {{else}}"),
+        ("{{ if .System }}a{{ elsewhere }}b{{ end }}", "not supported"),
+        ("{{ if .System }}a{{ else iffy }}b{{ end }}", "unexpected {{else iffy}}"),
+        ("{{/* a }} b */}}{{ .System }}", "unclosed comment"),
+        ("{{ .Messages }}", "to print .Messages is not supported"),
     ],
 )
 def test_what_cannot_be_rendered_rightly_is_refused(template: str, error: str) -> None:

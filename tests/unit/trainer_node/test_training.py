@@ -1,6 +1,7 @@
 """What is trained: the ids of a row, the loss on its answer alone, the figures of the plan and of the evaluation."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainer_node.train.encode import encode
 from trainer_node.train.loop import update_steps
 from trainer_node.train.loss import answer_scores, collate, completion_logps
 from trainer_node.train.metrics import MetricsFile
-from trainer_node.train.plan import make_plan, plan_lines, require_room
+from trainer_node.train.plan import make_plan, plan_lines, require_context, require_room
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers so
 
@@ -119,6 +120,9 @@ def test_the_plan_counts_what_peft_trains(base: BaseModel, tuned: Any, tokenizer
     text = "\n".join(plan_lines(plan))
     assert "dropped: 3 duplicate" in text
     assert "6 (2 epochs)" in text
+    require_context(plan, base)
+    with pytest.raises(JobFailed, match=f"has {plan.longest_row} tokens, .* reads {plan.longest_row - 1}"):
+        require_context(plan, replace(base, context=plan.longest_row - 1))
     require_room(plan)
     with pytest.raises(JobFailed, match="MB of memory"):
         require_room(plan.model_copy(update={"memory_free_mb": 10}))
