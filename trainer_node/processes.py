@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -104,6 +105,11 @@ def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> "subprocess.
                 return subprocess.Popen(
                     argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
+
+
+def reap(child: "subprocess.Popen[bytes]") -> None:
+    """Leave no zombie of a detached process that ends before this one does."""
+    threading.Thread(target=child.wait, name=f"reap {child.pid}", daemon=True).start()
 
 
 def lead_tree() -> None:

@@ -23,7 +23,7 @@ from config.errors import HafsError, JobFailed, translate_os_errors
 from config.files import write_atomic
 from config.locks import FileLock, holder
 from trainer_node import registry
-from trainer_node.processes import Child, start_detached
+from trainer_node.processes import reap, start_detached
 from trainer_node.registry import ModelRecord
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 START_S = 60.0  # a busy machine
 TOLD_EVERY_S = 0.5
-_STARTED: list[Child] = []  # Python complains of a running child that it forgets
 
 log = logging.getLogger("hafs")
 
@@ -110,7 +109,7 @@ def _start(form: Form) -> None:
     argv = [sys.executable, "-P", "-m", "trainer_node.export.request", "--root", str(form.root)]
     argv += ["--model", form.record.tag, "--route", form.route, "--quantize", form.kind]
     child = start_detached(argv, cwd=form.root, log=form.log)
-    _STARTED.append(child)
+    reap(child)
     wait = Retrying(
         retry=retry_if_result(lambda begun: not begun), wait=wait_exponential(0.02, max=0.2), stop=stop_after_delay(START_S)
     )

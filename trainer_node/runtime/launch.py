@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,7 +21,7 @@ import psutil
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from config.errors import ConfigError, MissingExtra, ProviderUnavailable, StoreHeld
-from trainer_node.processes import ProcessId, alive, start_detached
+from trainer_node.processes import ProcessId, alive, reap, start_detached
 
 DEFAULT_OLLAMA = "127.0.0.1:11434"
 IDLE_EXIT_S = 900
@@ -137,7 +136,7 @@ def _start(root: Path) -> RuntimeInfo:
 
     def launched() -> "subprocess.Popen[bytes]":
         process = start_detached(launch_argv(root.resolve()), cwd=folder, log=log_file)
-        threading.Thread(target=process.wait, name="reap the runtime", daemon=True).start()  # it may end before this process does
+        reap(process)
         return process
 
     process = launched()

@@ -1,5 +1,6 @@
 """The gate, against a server that answers what the test tells it to; what is kept of a version, and other forms of it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer_node.export.probes import Probe, Probes
 from trainer_node.export.register import keep_files
 from trainer_node.jobdir import JobDir
 from trainer_node.ollama import OllamaApi, register_gguf
+from trainer_node.processes import start_detached
 
 ASKED = [Message(role="system", content="Be brief."), Message(role="user", content="Why?")]
 GOOD = {"message": {"content": "Because."}, "done_reason": "stop", "prompt_eval_count": 20}
@@ -149,11 +151,8 @@ def test_what_an_earlier_export_said_does_not_count_for_the_next(tmp_path: Path,
     done = ExportState(tag=record.tag, state="done", files=["gguf/Q8_0.gguf"])
     request.Form(tmp_path, record, "merged", "Q8_0").write(done)
 
-    class Ended:
-        def poll(self) -> int:
-            return 1
-
-    monkeypatch.setattr(request, "start_detached", lambda *_, **__: Ended())
+    ends = [sys.executable, "-c", "raise SystemExit(1)"]
+    monkeypatch.setattr(request, "start_detached", lambda argv, **where: start_detached(ends, **where))
     args = ExportArgs(model="m", route="merged", quantize="Q8_0")
     with pytest.raises(JobFailed, match="was cut off; its log is"):
         request.ask(tmp_path, args)
