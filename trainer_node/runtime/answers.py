@@ -217,7 +217,7 @@ class Answers:
             if len(prompt) < len(whole) and not order.truncate:
                 raise ApiError(400, TOO_LONG)
             answer = ""
-            pieces = engine.complete(prompt, order.request)
+            pieces = engine.complete(prompt, order.request, stream=order.stream)
             try:
                 async for piece in pieces:
                     answer += piece.text

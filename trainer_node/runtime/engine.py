@@ -134,11 +134,18 @@ class Engine:
         answer = await self._call("/apply-template", {"messages": messages})
         return str(answer["prompt"])
 
-    async def complete(self, prompt: list[int], request: dict[str, Any]) -> AsyncGenerator[Piece]:
-        """Generate from tokens; the last piece has a reason. Closing the iterator stops the generation. Raises ApiError."""
-        body = {"prompt": prompt, "stream": True, "cache_prompt": True, "response_fields": FIELDS, **request}
+    async def complete(self, prompt: list[int], request: dict[str, Any], *, stream: bool) -> AsyncGenerator[Piece]:
+        """Generate from tokens; the last piece has a reason. Closing the iterator stops the generation. Raises ApiError.
+
+        Args:
+            stream: False gives one piece: every other one takes time from the cores that generate.
+        """
+        body = {"prompt": prompt, "stream": stream, "cache_prompt": True, "response_fields": FIELDS, **request}
         ended = False
         async with self._post("/completion", body) as response:
+            if not stream:
+                yield _piece(await response.json(content_type=None), whole=True)
+                return
             async for line in response.content:
                 if line.startswith(b"data: "):
                     piece = _piece(json.loads(line[6:]))
@@ -209,7 +216,8 @@ def _reason(body: bytes) -> str:
         return body.decode(errors="replace")
 
 
-def _piece(data: dict[str, Any]) -> Piece:
+def _piece(data: dict[str, Any], *, whole: bool = False) -> Piece:
+    """The last of several has no probabilities of its own, but those of all once more."""
     if "error" in data:
         raise ApiError(500, str(data["error"].get("message", data["error"])))
     logprobs = [_logprob(entry) for entry in data.get("completion_probabilities", [])]
@@ -218,7 +226,7 @@ def _piece(data: dict[str, Any]) -> Piece:
     timings = data["timings"]
     return Piece(
         data["content"],
-        [],
+        logprobs if whole else [],
         "length" if data["stop_type"] == "limit" else "stop",
         data["tokens_predicted"],
         int(timings["prompt_ms"] * 1e6),

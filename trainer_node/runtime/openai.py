@@ -64,8 +64,9 @@ def chat_request(body: dict[str, Any]) -> dict[str, Any]:
     options |= {"num_predict": limit} if limit else {}
     if stop := body.get("stop"):
         options["stop"] = [stop] if isinstance(stop, str) else stop
-    request = {name: body[name] for name in ("model", "tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
-    return request | {"messages": [_message(entry) for entry in messages], "options": options, "format": _format(body)}
+    asked: dict[str, Any] = {"options": options, "format": _format(body), "stream": bool(body.get("stream"))}
+    asked |= {name: body[name] for name in ("model", "tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
+    return asked | {"messages": [_message(entry) for entry in messages]}
 
 
 def _message(entry: Any) -> dict[str, Any]:
