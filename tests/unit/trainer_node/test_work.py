@@ -101,7 +101,9 @@ def test_what_is_pinned_is_fetched_whatever_the_branch_has_become(folder: JobDir
     assert all(f"/resolve/{COMMIT}/" in asked.path for asked in hub.asked if "/resolve/" in asked.path)
 
 
-def test_a_fetch_is_told_in_figures_and_a_stop_ends_it(folder: JobDir, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stopped_when_told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a job has told; the first word of it stops the job."""
     details: list[str] = []
 
     def write_stage(self: JobDir, attempt: int, stage: Stage) -> None:
@@ -109,29 +111,28 @@ def test_a_fetch_is_told_in_figures_and_a_stop_ends_it(folder: JobDir, hub: Hub,
         self.stop_file.touch()
 
     monkeypatch.setattr(JobDir, "write_stage", write_stage)
+    return details
+
+
+def test_a_fetch_is_told_in_figures_and_a_stop_ends_it(folder: JobDir, hub: Hub, stopped_when_told: list[str]) -> None:
     with pytest.raises(JobCancelled):
         _ = Work(folder, 1).base
-    assert details == ["fetching tiny.gguf: 0 of 1 MB"]
+    assert stopped_when_told == ["fetching tiny.gguf: 0 of 1 MB"]
     assert client.cached(HubFile(REPO, COMMIT, FILE)) is None
 
 
-def test_rows_are_tokenized_in_figures_and_a_stop_ends_it(folder: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tokenized_in_figures_and_a_stop_ends_it(
+    folder: JobDir, stopped_when_told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     segment = Segment(sha256="0" * 64, rows=100_000, bytes=1, packed_bytes=1)
     manifest = DatasetManifest(name="d", kind="samples", campaigns=["d"], segments=[segment, segment])
     monkeypatch.setattr(module.dataset, "read_manifest", lambda root, dataset_id: manifest)
     monkeypatch.setattr(module.dataset, "read_rows", lambda root, manifest: repeat(Row("s", (), ("yes",)), 200_000))
     monkeypatch.setattr(Work, "special", [])
     monkeypatch.setattr(module, "encode", lambda tokenizer, row: pytest.fail("a row was encoded after the stop"))
-    details: list[str] = []
-
-    def write_stage(self: JobDir, attempt: int, stage: Stage) -> None:
-        details.append(stage.detail)
-        self.stop_file.touch()
-
-    monkeypatch.setattr(JobDir, "write_stage", write_stage)
     with pytest.raises(JobCancelled):
         _ = Work(folder, 1).data
-    assert details == ["tokenizing: 0 of 200,000 rows"]
+    assert stopped_when_told == ["tokenizing: 0 of 200,000 rows"]
 
 
 def test_offline_it_is_said_what_is_missing(folder: JobDir, hub: Hub) -> None:
