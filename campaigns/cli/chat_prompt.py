@@ -83,7 +83,8 @@ def _terminal(history: Path, words: list[str]) -> Reader:
 
     def read() -> str | None:
         try:
-            typed = session.prompt(FormattedText([("bold", "> ")]))
+            with session.input.raw_mode():  # on a dumb terminal the prompt is shown before its keys are read: none may be lost
+                typed = session.prompt(FormattedText([("bold", "> ")]))
         except EOFError:
             return None
         return unquoted(typed.encode(errors="replace").decode())  # bytes that are no UTF-8 came as what no file can hold

