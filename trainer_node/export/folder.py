@@ -1,6 +1,7 @@
 """A Hugging Face folder of base and adapter, for transformers and vLLM: their weights merged, everything else as the base has it.
 
 - Weights keep the base's own dtype; those of a quantized GGUF become F16. Shards and their index are named as the hub names them.
+- Its chats begin as in training: a BOS that only the tokenizer knows of, which adds none to a chat, goes into the template.
 - Nothing of the base's code is carried over (`auto_map`): every architecture here is one that transformers and vLLM know.
 - A GGUF gives a folder with the config that it was trained with (`train/gguf_model.py`); what no config can say is refused.
 """
@@ -19,13 +20,14 @@ from trainer_node.export.lora import read_adapter
 from trainer_node.export.pieces import Weight, one_thread_a_piece
 from trainer_node.export.weights import INDEX, LENGTH_BYTES, SAFETENSORS, SINGLE, Kind
 from trainer_node.export.writing import Told, in_order, whole_folder
+from trainer_node.train.base import load_tokenizer, read_base
 
 SHARD_BYTES = 5 * 10**9
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 COPIED = (
     GENERATION,
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json"),
+    *("vocab.json", "merges.txt", TEMPLATE, "chat_template.json", "tekken.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE"),
 )
 EMBEDDING = "model.embed_tokens.weight"
@@ -50,7 +52,12 @@ def export_folder(base: Path, adapter: Path | None, target: Path, told: Told) ->
     size = sum(weight.size for weight in weights.values())
     dtype = DTYPES[weights[EMBEDDING].kind]
     with whole_folder(target, size) as folder:
-        (_describe if base.is_dir() else _rebuild)(base, folder, dtype)
+        tokenizer = load_tokenizer(read_base(base))
+        if base.is_dir():
+            _describe(base, folder, dtype)
+        else:
+            _rebuild(base, tokenizer, folder, dtype)
+        _begin_chats(tokenizer, folder)
         names = _names(len(shards))
         done = 0
         for name, shard in zip(names, shards, strict=True):
@@ -139,20 +146,26 @@ def _describe(base: Path, folder: Path, dtype: str) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def _rebuild(base: Path, folder: Path, dtype: str) -> None:
+def _rebuild(base: Path, tokenizer: Any, folder: Path, dtype: str) -> None:
     """Config and tokenizer that training used."""
     from transformers import GenerationConfig
 
-    from trainer_node.train.base import load_tokenizer, read_base
     from trainer_node.train.gguf_model import config_of
 
     config = config_of(base)
     config.architectures = [_class_of(config.model_type)]
     config.dtype = dtype
     config.save_pretrained(folder)
-    tokenizer = load_tokenizer(read_base(base))
     tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def _begin_chats(tokenizer: Any, folder: Path) -> None:
+    bos = tokenizer.rules.bos
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    if not chat.startswith(bos):
+        text = "{{ " + json.dumps(bos, ensure_ascii=False) + " }}" + tokenizer.chat_template
+        (folder / TEMPLATE).write_text(text, encoding="utf-8")
 
 
 def _class_of(model_type: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from config.contracts.sample import Message
 from config.errors import JobCancelled, JobFailed
 from tests.fakes.tiny_folders import TINY, write_folder
 from tests.fakes.tiny_model import write_tiny_model
@@ -18,7 +19,8 @@ from trainer_node.export.folder import export_folder
 from trainer_node.export.merged import export_merged
 from trainer_node.export.rope import rope_of
 from trainer_node.train import gguf_model
-from trainer_node.train.base import load_model, read_base
+from trainer_node.train.base import load_model, load_tokenizer, read_base
+from trainer_node.train.encode import render_prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers so
@@ -110,6 +112,27 @@ def test_a_gguf_gives_the_folder_it_came_from(name: str, tmp_path: Path) -> None
     template = {"conversation": [{"role": "user", "content": "def f(x):\n    return 12"}], "tokenize": False}
     first, second = (AutoTokenizer.from_pretrained(where) for where in (base, target))
     assert first.apply_chat_template(**template) == second.apply_chat_template(**template)
+
+
+@pytest.mark.parametrize("family", ["zephyr", "llama", "qwen2"])
+@pytest.mark.parametrize("from_gguf", [False, True])
+def test_a_chat_begins_as_it_did_in_training(
+    family: str, from_gguf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zephyr's template leaves the BOS to the tokenizer, which adds none to what a template has made."""
+    monkeypatch.setitem(TINY, family, TINY["llama"]._replace(tokenizer=family))
+    base, target = write_folder(family, tmp_path / "base"), tmp_path / "target"
+    if from_gguf:
+        export_merged(base, None, tmp_path / "base.gguf", told)
+        base = tmp_path / "base.gguf"
+    export_folder(base, None, target, told)
+    trained = render_prompt(load_tokenizer(read_base(base)), [Message(role="user", content="def f(x):")])
+    served = AutoTokenizer.from_pretrained(target)
+    chat = [{"role": "user", "content": "def f(x):"}]
+    assert served.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == trained
+    ids = served.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids.count(served.bos_token_id) == (family != "qwen2")
+    assert load_tokenizer(read_base(target)).chat_template == served.chat_template, "and it can be trained again"
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "gemma2", "phi3-long"])
