@@ -144,11 +144,11 @@ def _disk(root: Path) -> Check:
 
 def _memory(busy: str) -> Check:
     """`busy`: the job that runs now, whose memory is no fault."""
-    import psutil
+    from trainer_node.machine import free_memory, total_memory
 
-    memory = psutil.virtual_memory()
-    low = memory.available / 1e9 < FREE_MEMORY_GB
-    detail = f"{memory.available / 1e9:.0f} of {memory.total / 1e9:.0f} GB free" + (f", while {busy} runs" if busy else "")
+    free = free_memory() / 1e9
+    low = free < FREE_MEMORY_GB
+    detail = f"{free:.0f} of {total_memory() / 1e9:.0f} GB free" + (f", while {busy} runs" if busy else "")
     return Check("memory", not low or bool(busy), detail, "close something, or train a smaller base model" if low else "")
 
 

@@ -27,8 +27,9 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fakes.own_runtime import await_runtime, end, start
 from trainer_node.base_model import resolve_base
+from trainer_node.machine import cores
 from trainer_node.ollama import OllamaApi, register_gguf
-from trainer_node.runtime.engine import SPIN_COUNT, EngineSpec, default_threads
+from trainer_node.runtime.engine import SPIN_COUNT, EngineSpec
 from trainer_node.runtime.go_template import GoTemplate
 from trainer_node.runtime.options import DEFAULTS
 from trainer_node.runtime.templates import CHATML, CHATML_STOPS
@@ -100,7 +101,7 @@ def runtime() -> Iterator[Server]:
 
 @contextmanager
 def direct() -> Iterator[Server]:
-    spec = EngineSpec(str(BASE), (), NUM_CTX, PARALLEL, default_threads())
+    spec = EngineSpec(str(BASE), (), NUM_CTX, PARALLEL, cores())
     command = [sys.executable, "-P", "-m", "trainer_node.runtime.runner"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "GOMP_SPINCOUNT": SPIN_COUNT}

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from config.errors import DiskFull, translate_os_errors
 from config.files import replace, sync_folder
+from trainer_node.machine import cores
 
 T = TypeVar("T")
 Told = Callable[[int, int], None]  # bytes done and in all; what it raises stops the writing
@@ -79,7 +80,7 @@ def require_room(target: Path, size: int) -> None:
 
 def in_order(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What the calls return, in their order; as many as there are cores run at once, and few wait for their turn."""
-    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    workers = min(cores(), MAX_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         waiting: list[Future[T]] = []
         try:

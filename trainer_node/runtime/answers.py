@@ -14,7 +14,8 @@ from typing import Any
 
 from aiohttp import web
 
-from trainer_node.runtime.engine import Engine, EngineSpec, Piece, default_threads
+from trainer_node.machine import cores
+from trainer_node.runtime.engine import Engine, EngineSpec, Piece
 from trainer_node.runtime.models import ApiError, Model, Store
 from trainer_node.runtime.options import field, keep_alive_s, merged_options, schema_of, top_logprobs
 from trainer_node.runtime.pool import Pool
@@ -174,7 +175,7 @@ class Answers:
         trained = int(model.config.get("context_length") or 0)
         num_ctx = max(4, min(options["num_ctx"], trained or options["num_ctx"]))
         adapters = tuple(map(str, model.adapters))
-        spec = EngineSpec(str(model.weights), adapters, num_ctx, self._pool.limits.parallel, default_threads())
+        spec = EngineSpec(str(model.weights), adapters, num_ctx, self._pool.limits.parallel, cores())
         async with self._pool.use(model, spec, keep_s) as engine:
             yield engine
 

@@ -238,7 +238,3 @@ def _logprob(entry: dict[str, Any]) -> dict[str, Any]:
     kept = {name: entry[name] for name in ("token", "logprob", "bytes")}
     top = [{name: other[name] for name in ("token", "logprob", "bytes")} for other in entry.get("top_logprobs", [])]
     return kept | ({"top_logprobs": top} if top else {})
-
-
-def default_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

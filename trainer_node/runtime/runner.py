@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
+from trainer_node.machine import free_memory
 
 PROMPT_CACHE_MIB = 1024  # prompts of earlier requests, kept in memory beside those in the slots
 
@@ -57,7 +57,7 @@ def _load(request: dict[str, Any]) -> Any:
 
 
 def _require_room(needed_bytes: int) -> None:
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if needed_bytes > available:
         need, there = (f"{size / 2**30:.1f} GiB" for size in (needed_bytes, available))
         raise MemoryError(f"model requires more system memory ({need}) than is available ({there})")

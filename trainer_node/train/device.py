@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from config.contracts.base import Tolerant
+from trainer_node.machine import cores, free_memory, total_memory
 
 PROBE_S = 0.4  # a dtype
 BFLOAT16_GAIN = 1.1  # less is not worth the lower precision
@@ -35,6 +36,7 @@ def probe(rows: int, inner: int, columns: int, dtype: str) -> Device:
         dtype: "auto", or what the job asks for, which is then only measured.
     """
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))  # it knows no container's limits, and more would wait in turn
     names = ("float32", "bfloat16") if dtype == "auto" else (dtype,)
     rates = {name: _rate(kind, getattr(torch, name), rows, inner, columns) for name in names}
     measured = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
@@ -48,14 +50,14 @@ def free_memory_mb(kind: str) -> float:
     """Memory that can still be allocated where the model is trained."""
     if kind == "cuda":
         return float(torch.cuda.mem_get_info()[0]) / 2**20
-    return float(psutil.virtual_memory().available) / 2**20
+    return free_memory() / 2**20
 
 
 def total_memory_mb(kind: str) -> float:
     """What free_memory_mb can be at most."""
     if kind == "cuda":
         return float(torch.cuda.mem_get_info()[1]) / 2**20
-    return float(psutil.virtual_memory().total) / 2**20
+    return total_memory() / 2**20
 
 
 def used_memory_mb(kind: str) -> float:
