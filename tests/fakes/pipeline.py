@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from config.contracts.job import JobError, JobResult, JobState
+from config.files import write_atomic
 from config.locks import FileLock
 from trainer_node.jobdir import JobDir, Stage
 from trainer_node.train.checkpoints import newest_complete, remove_after, seal, step_of
@@ -32,7 +33,7 @@ def stubborn(folder: JobDir) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()"]
     )
-    (folder.path / "child.pid").write_text(str(child.pid))
+    write_atomic(folder.path / "child.pid", str(child.pid).encode())
     while True:
         signal.pause()
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--fence", type=int)
     args = parser.parse_args()
     folder = JobDir(args.job, args.fence)
-    (folder.attempt(args.attempt) / "pipeline.pid").write_text(str(os.getpid()))
+    write_atomic(folder.attempt(args.attempt) / "pipeline.pid", str(os.getpid()).encode())
     alone = FileLock(folder.path / "alone.lock")
     if not alone.acquire(0):
         (folder.path / "overlap").touch()

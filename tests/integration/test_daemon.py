@@ -74,7 +74,7 @@ class Node:
 
     def pipeline(self, id_: str, attempt: int = 1) -> int:
         file = self.folder(id_).attempt(attempt) / "pipeline.pid"
-        wait_for(f"pipeline of attempt {attempt}", lambda: file.exists() and file.read_text())
+        wait_for(f"pipeline of attempt {attempt}", file.exists)
         return int(file.read_text())
 
     def await_state(self, id_: str, state: str) -> None:
@@ -174,7 +174,7 @@ def test_kill_9_of_the_runner_kills_the_pipeline_before_the_next_attempt(node: N
     node.start()
     pipeline = node.pipeline(id_)
     child_file = node.folder(id_).path / "child.pid"
-    wait_for("child of the pipeline", lambda: child_file.exists() and child_file.read_text())
+    wait_for("child of the pipeline", child_file.exists)
     child = int(child_file.read_text())
     kill9(node.runner(id_).pid)
     second = node.pipeline(id_, 2)
@@ -232,7 +232,7 @@ def test_cancel_of_a_deaf_job_kills_the_whole_tree(node: Node) -> None:
     node.start()
     pipeline = node.pipeline(id_)
     child_file = node.folder(id_).path / "child.pid"
-    wait_for("child of the pipeline", lambda: child_file.exists() and child_file.read_text())
+    wait_for("child of the pipeline", child_file.exists)
     node.queue.intend_cancel(id_)
     node.await_state(id_, "CANCELLED")
     assert [identify(pid) for pid in (node.runner(id_).pid, pipeline, int(child_file.read_text()))] == [None] * 3

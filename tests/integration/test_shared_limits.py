@@ -84,21 +84,23 @@ def finish(*children: "subprocess.Popen[str]") -> None:
 
 
 def test_three_campaigns_start_no_more_calls_a_minute_than_their_key_allows(home: Path, tmp_path: Path) -> None:
-    """Each would like more than there is; what is left out says why it waits. One is killed: what it did stays counted."""
-    rpm = 60
+    """Each would like more than there is; what is left out says why it waits. One is killed: what it did stays counted,
+    and so does what it was about to do, at most as much as it has slots.
+    """
+    rpm, slots = 60, 6
     with Mock(LAT=0.5, RPM=rpm) as mock:
-        shared = Shared(home, tmp_path, mock.url, f"rpm = {rpm}\nslots = 6")
+        shared = Shared(home, tmp_path, mock.url, f"rpm = {rpm}\nslots = {slots}")
         names = ["a", "b", "c"]
         with shared.campaign("a") as first, shared.campaign("b"), shared.campaign("c"):
             wait_for("call of each", lambda: all(shared.calls(name) for name in names))
             first.send_signal(signal.SIGKILL)
             first.wait()
-            wait_for("end of the minute's calls", lambda: mock.get("/stats")["n"] == rpm)
-            wait_for("reason", lambda: [shared.idle(name) for name in names[1:]] == ["rate", "rate"])
+            wait_for("end of the minute's calls", lambda: [shared.idle(name) for name in names[1:]] == ["rate", "rate"])
             with shared.campaign("d", 1):
                 wait_for("reason of one that comes late", lambda: shared.idle("d") == "rate")
         seen = mock.get("/stats")
-    assert (seen["n"], seen["ok"], seen.get("over_rpm", 0), seen.get("429", 0)) == (rpm, rpm, 0, 0)
+    assert rpm - slots <= seen["n"] <= rpm
+    assert (seen["ok"], seen.get("over_rpm", 0), seen.get("429", 0)) == (seen["n"], 0, 0)
     assert min(shared.calls(name) for name in names) > 0, "nobody starved"
 
 

@@ -62,7 +62,7 @@ def test_a_success(start: Start, folder: JobDir) -> None:
 
 def test_who_runs_it_is_said_while_it_runs(start: Start, folder: JobDir) -> None:
     runner = start("await go", "succeed")
-    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", (folder.attempt(1) / "pipeline.pid").exists)
     record = folder.runner(1)
     assert record is not None and record.pid == runner.pid and record.attempt == 1
     assert alive(ProcessId(record.pid, record.create_time, record.boot_id))
@@ -92,7 +92,7 @@ def test_success_without_a_result_is_none(start: Start, folder: JobDir) -> None:
 
 def test_the_stop_file_is_honoured(start: Start, folder: JobDir) -> None:
     runner = start("hang")
-    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", (folder.attempt(1) / "pipeline.pid").exists)
     folder.stop_file.touch()
     assert runner.wait(20) == 0
     assert folder.exit(1) == Exit(code=75, stopped=True)
@@ -104,7 +104,7 @@ def test_a_killed_pipeline_is_no_error_so_it_can_go_on(start: Start, folder: Job
 
 def test_a_termination_is_forwarded(start: Start, folder: JobDir) -> None:
     runner = start("await never")
-    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", (folder.attempt(1) / "pipeline.pid").exists)
     runner.send_signal(signal.SIGTERM)
     assert runner.wait(20) == 0
     assert folder.exit(1) == Exit(code=-15)
@@ -182,7 +182,7 @@ def test_a_runner_that_comes_too_late_starts_nothing(folder: JobDir) -> None:
 
 def test_the_pipeline_holds_the_device_after_its_runner_was_killed(start: Start, folder: JobDir) -> None:
     runner = start("await go", "succeed")
-    wait_for("pipeline", lambda: (folder.attempt(1) / "pipeline.pid").exists())
+    wait_for("pipeline", (folder.attempt(1) / "pipeline.pid").exists)
     lock = device_lock(folder.root, "cpu")
     runner.kill()
     runner.wait()
