@@ -19,6 +19,8 @@ CABLES = ipaddress.ip_network("198.18.0.0/15")  # to network namespaces of a tes
 def pytest_configure(config: pytest.Config) -> None:
     # A shell that runs the tests in the background hands SIGINT on as ignored, and so would every child that is to feel Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # threads that compute beside other tests wait for each other more than they compute
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.addaudithook(_loopback_only)
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")

@@ -29,9 +29,10 @@ def free_memory() -> int:
 
 
 def cores() -> int:
-    """Cores that can be kept busy at once; a part of one counts as one."""
+    """Cores that can be kept busy at once, a part of one counting as one; no more than OMP_NUM_THREADS, as for torch."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *map(math.ceil, _cpu_limits())]))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, min([count, *map(math.ceil, _cpu_limits()), *([int(wanted)] if wanted.isdecimal() else [])]))
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

@@ -18,19 +18,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(150
 
 
 @pytest.fixture
-def core_of_its_own() -> Iterator[None]:
-    """Beside other tests llama.cpp's threads wait for each other more than they compute; one thread has nobody to wait for."""
-    if "PYTEST_XDIST_WORKER" not in os.environ or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core_of_its_own: None) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "demo"
     monkeypatch.setenv("HAFS_HOME", str(path))
     monkeypatch.setenv("HAFS_RUNTIME", "embedded")

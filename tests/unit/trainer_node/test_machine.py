@@ -22,6 +22,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=64 * GIB, available=48 * GIB))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path / "cgroup"
 
 
@@ -43,6 +44,12 @@ def test_a_machine_without_groups_has_what_it_has(groups: Path) -> None:
     assert seen() == (64, 48, 32)
     own(groups, "0::/")
     assert seen() == (64, 48, 32)
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("3", 3), ("4,2", 4), ("64", 32), ("0", 1), ("all", 32), ("", 32)])
+def test_openmp_may_be_told_to_use_fewer(wanted: str, count: int, groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert machine.cores() == count
 
 
 def test_version_2_in_a_container_and_under_a_service_manager(groups: Path) -> None:
