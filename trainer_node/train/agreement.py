@@ -17,7 +17,7 @@ COUNTED_ROWS = 16  # that many prompts are sent, where only their lengths can be
 def require_agreement(api: OllamaApi, model: str, rows: Sequence[Encoded], told: Callable[[int, int], None]) -> str:
     """Compare the ids of all rows with those of `model` at the runtime; returns what was compared.
 
-    A server without a route to tokenize is sent some of the prompts and asked how long they were.
+    A server without a route to tokenize is sent some prompts, of every sequence of roles one, and asked how long they were.
 
     Args:
         told: told rows compared and rows in all; what it raises ends it.
@@ -28,9 +28,11 @@ def require_agreement(api: OllamaApi, model: str, rows: Sequence[Encoded], told:
     numbered = list(enumerate(rows, 1))
     plain = [(number, row) for number, row in numbered if not row.quotes]
     quoting = [(number, row) for number, row in numbered if row.quotes]
+    shortest = _by_roles(plain)
     if api.tokenize(model, "") is None:
-        _compare_lengths(api, model, plain[:COUNTED_ROWS])
-        same = f"{len(plain[:COUNTED_ROWS])} prompts have the same length at the runtime, which has no route to compare tokens"
+        sent = [*shortest, *(each for each in plain if each not in shortest)][:COUNTED_ROWS]
+        _compare_lengths(api, model, sent)
+        same = f"{len(sent)} prompts have the same length at the runtime, which has no route to compare tokens"
         return same + (f"; it reads control tokens as such in the {len(quoting)} rows that quote them" if quoting else "")
     before = {lead: api.tokenize(model, lead) or [] for lead in {row.lead for _, row in plain}}
     texts: set[str] = set()
@@ -44,7 +46,7 @@ def require_agreement(api: OllamaApi, model: str, rows: Sequence[Encoded], told:
             if served != expected:
                 raise _disagreement(number, text, f"trained as {expected}, served as {served}")
             texts.add(text)
-    _compare_lengths(api, model, [*_by_roles(plain)[:COUNTED_ROWS], *quoting[:COUNTED_ROWS]])
+    _compare_lengths(api, model, [*shortest[:COUNTED_ROWS], *quoting[:COUNTED_ROWS]])
     also = f"; {len(quoting)} more quote control tokens: their prompts have the same length" if quoting else ""
     return f"{len(plain)} rows have the same tokens at the runtime ({len(texts)} texts compared){also}"
 

@@ -87,6 +87,9 @@ def test_a_server_that_cannot_tokenize_is_asked_for_lengths() -> None:
     counted = FakeServer(2)
     assert "16 prompts" in compared(counted, *[ROW] * 20)
     assert len(counted.asked) == 16
+    later = replace(ROW, row=Row("s", (Message(role="system", content="Be brief."), *MESSAGES), ("a",)))
+    compared(counted, *[ROW] * 20, later)
+    assert [message["role"] for message in counted.asked[-15]] == ["system", "user"], "every sequence of roles is among them"
     with pytest.raises(JobFailed, match="trained with 2 tokens, served with 21"):
         compared(FakeServer(21), ROW)
 
