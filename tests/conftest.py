@@ -26,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # begun last, a slow one would run on alone
+
+
 def _loopback_only(event: str, args: tuple[Any, ...]) -> None:
     """A test that reaches for the network fails at once, with the address."""
     if event != "socket.connect" or not isinstance(args[1], tuple):
