@@ -2,15 +2,16 @@
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agents import tokens
+from agents import rates, tokens
 from agents.budget import Budget
 from agents.lanes import Endpoint, GpuThresholds, Lane
 from agents.policy import Policy
@@ -33,6 +34,19 @@ FAULTS: list[ProviderError | None] = [
     Blocked("safety"),
 ]
 ENDS_IN_ERROR = (ProviderUnavailable, RateLimited, AuthFailed, BadRequest)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def days_of_an_hour() -> Iterator[None]:
+    """A lane whose day is used up waits for the next one, and its GPU is looked at every two seconds meanwhile."""
+
+    def day(moment: float) -> tuple[int, float, float]:
+        number = int(moment // 3600)
+        return number, 3600.0 * number, 3600.0 * (number + 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "_pacific_day", day)
+        yield
 
 
 class Load:
