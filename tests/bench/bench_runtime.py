@@ -5,7 +5,8 @@
 SmolLM2, 4 slots, answers of up to 32 tokens (few are shorter) at temperature 0, whole and streamed, with 1, 4 and 8 requests in
 flight. The runtime is asked by /api/chat; xllamacpp's server, in the same child process that the runtime starts and with the same
 parameters, by /completion with the prompt that the runtime renders. Same client, same prompts; each has a number of its own, so
-that no two are one cached prefix. Direct and proxied runs take turns; medians of requests a second.
+that no two are one cached prefix. Direct and proxied runs take turns; medians of requests a second, and of what neighbours are
+to each other: the clock of a shared host changes from one minute to the next.
 """
 
 import asyncio
@@ -78,7 +79,8 @@ class Server:
                 for number in left:
                     async with session.post(self.url, json=self.body(number, stream)) as answer:
                         assert answer.status == 200, await answer.text()
-                        tokens += tokens_of(await answer.read(), self.counted)
+                        text = await answer.read()  # before the sum is read: others add to it meanwhile
+                        tokens += tokens_of(text, self.counted)
 
             begin = time.perf_counter()
             await asyncio.gather(*(worker() for _ in range(in_flight)))
@@ -133,8 +135,13 @@ async def compare(servers: list[Server], in_flight: int, rounds: int, requests: 
         start += requests
         assert min(counts) > 0.95 * max(counts), counts  # a batch may round a token's probability otherwise
     near, far = (statistics.median(side) for side in rates)
+    ratios = sorted(far / near for near, far in zip(*rates, strict=True))
     kind = "streamed" if stream else "whole"
-    print(f"{in_flight} in flight, {kind:8}: direct {near:6.2f}/s, runtime {far:6.2f}/s, x{far / near:.3f}", flush=True)
+    print(
+        f"{in_flight} in flight, {kind:8}: direct {near:6.2f}/s, runtime {far:6.2f}/s, x{statistics.median(ratios):.3f} "
+        f"({ratios[0]:.3f} to {ratios[-1]:.3f})",
+        flush=True,
+    )
 
 
 def main(rounds: int = 5, requests: int = 48) -> None:
