@@ -215,10 +215,10 @@ def test_a_key_pressed_the_moment_the_prompt_is_there_counts(tmp_path: Path) -> 
     with subprocess.Popen(argv, stdin=keys, stdout=keys, env=os.environ | {"TERM": "dumb"}) as process:
         os.close(keys)
         shown = b""
-        while not shown.endswith(b"> "):
-            shown += os.read(screen, 1024)
-        os.write(screen, b"\x04")
         try:
+            while not shown.endswith(b"> "):
+                shown += os.read(screen, 1024)
+            os.write(screen, b"\x04")
             assert process.wait(30) == 0
             assert os.read(screen, 1024).split() == [b"None"]
         finally:
